@@ -1,0 +1,56 @@
+# make demo    train a small Mixture-of-Experts language model on 8 virtual CPU devices
+# make test    run the tests
+# make lint    check formatting, style and types; make format applies what can be applied
+# make wheel   build a wheel in dist/
+#
+# PYTHON   the interpreter of .venv                          make test PYTHON=python3.13
+# JAX      the version to install                            make test JAX=0.12.0
+# EXTRAS   further extras, with a GPU cuda12 or cuda13       make test EXTRAS=cuda13
+# CUDACXX, CUDAARCHS, CMAKE_BUILD_PARALLEL_LEVEL: see CMakeLists.txt
+PYTHON ?= python3
+JAX ?= 0.11.2
+EXTRAS ?= examples,test
+BIN := .venv/bin
+SOURCES := $(wildcard ffi/*.h ffi/*.cuh ffi/*.cc ffi/*.cu)
+# An editable install maps the modules it finds: a folder is newer when one is added or removed.
+PACKAGE_FOLDERS := jax_moe_ep $(patsubst %/__init__.py,%,$(wildcard jax_moe_ep/*/__init__.py))
+PYTHON_SOURCES := jax_moe_ep tests examples benchmarks
+
+.PHONY: demo test lint format wheel clean
+
+demo: .venv/installed
+	$(BIN)/python examples/03_flax_moe_lm.py --small
+
+test: .venv/installed
+	$(BIN)/python -m pytest
+
+lint: .venv/linters
+	$(BIN)/ruff format --check $(PYTHON_SOURCES)
+	$(BIN)/ruff check $(PYTHON_SOURCES)
+	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
+	$(BIN)/codespell
+	$(BIN)/pyright
+
+format: .venv/linters
+	$(BIN)/ruff format $(PYTHON_SOURCES)
+	$(BIN)/ruff check --fix $(PYTHON_SOURCES)
+	$(BIN)/clang-format -i $(SOURCES)
+
+wheel: .venv/installed
+	$(BIN)/pip wheel --no-deps --wheel-dir dist .
+
+clean:
+	rm -rf .venv build dist out
+
+# The extension is built with what is in .venv, so that PyPI's nvcc is found there too.
+.venv/installed: pyproject.toml CMakeLists.txt $(SOURCES) $(PACKAGE_FOLDERS)
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade "pip>=25.1"
+	$(BIN)/pip install --quiet --group build "jax==$(JAX)"
+	$(BIN)/pip install --quiet --no-build-isolation --editable ".[examples,test,$(EXTRAS)]" \
+		--config-settings=cmake.define.JAX_MOE_EP_WERROR=ON
+	touch $@
+
+.venv/linters: .venv/installed
+	$(BIN)/pip install --quiet --group lint
+	touch $@

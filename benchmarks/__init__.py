@@ -1,0 +1,1 @@
+"""Benchmarks: `python -m benchmarks.NAME`; results as JSON in benchmarks/results."""

@@ -1,0 +1,187 @@
+"""A whole Mixture-of-Experts feed-forward layer on global arrays."""
+
+import importlib.util
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int, Int32
+
+from jax_moe_ep import ops
+from jax_moe_ep.config import EpConfig
+from jax_moe_ep.cuda import refused
+from jax_moe_ep.plan import Stats
+
+Activation = Literal["swiglu", "geglu"]
+
+_GATES: dict[str, Callable[[Array], Array]] = {"swiglu": jax.nn.silu, "geglu": jax.nn.gelu}
+
+
+def moe_mlp(
+    x: Float[Array, "... H"],
+    topk_idx: Int[Array, "... K"],
+    topk_weights: Float[Array, "... K"],
+    w_gate_up: Float[Array, "E H 2F"],
+    w_down: Float[Array, "E F H"],
+    *,
+    mesh: Mesh,
+    config: EpConfig,
+    activation: Activation = "swiglu",
+    token_axes: tuple[str, ...] | None = None,
+) -> tuple[Float[Array, "... H"], Stats]:
+    """Dispatch, gated experts and weighted combine, with the shard_map inside.
+
+    For every token: sum over k of w[k] * (act(x @ gate) * (x @ up)) @ down of expert topk_idx[k],
+    where gate and up are the two halves of w_gate_up[e]. On CUDA the experts run through
+    `tokamax.ragged_dot`, elsewhere through `jax.lax.ragged_dot`.
+
+    Args:
+      x: [..., H] tokens; the first dimension is sharded over token_axes.
+      topk_idx: [..., K] int32 or int64; ids outside [0, E) are "no expert".
+      topk_weights: [..., K] floating. With drop_policy="priority" they are the priority too.
+      w_gate_up: [E, H, 2F], in x's dtype, sharded over the EP axes.
+      w_down: [E, F, H], in x's dtype, sharded over the EP axes.
+      mesh: has the axes of the config and token_axes. Other axes compute the same.
+      config: the options of the EP group.
+      activation: "swiglu" (SiLU) or "geglu" (tanh GELU) on the gate.
+      token_axes: the mesh axes that shard the first dimension of x, the EP axes among them.
+        None: all axes of the mesh.
+
+    Returns:
+      [..., H] in x's dtype, sharded like x, and the `Stats` of the routing.
+
+    Differentiable in x, topk_weights and the expert weights.
+
+    Raises:
+      TypeError, ValueError: for shapes, dtypes, mesh axes or options that do not fit.
+      NotImplementedError: on CUDA when tokamax is not installed.
+    """
+    axes = tuple(mesh.axis_names) if token_axes is None else token_axes
+    _check(x, topk_idx, topk_weights, w_gate_up, w_down, mesh, config, activation, axes)
+    tokens, experts = P(axes), P(config.axes)
+    in_specs = (tokens, tokens, tokens, experts, experts)
+
+    def layer(
+        x: Array, topk_idx: Array, topk_weights: Array, w_gate_up: Array, w_down: Array
+    ) -> tuple[Array, Stats]:
+        idx = topk_idx.reshape(-1, topk_idx.shape[-1])
+        weights = topk_weights.reshape(idx.shape)
+        priority = weights if config.drop_policy == "priority" else None
+        plan = ops.plan(idx, config, priority=priority)
+        rows = ops.dispatch(x.reshape(-1, x.shape[-1]), plan)
+        gate, up = jnp.split(_grouped_matmul(rows, w_gate_up, plan.group_sizes), 2, axis=-1)
+        y = _grouped_matmul(_GATES[activation](gate) * up, w_down, plan.group_sizes)
+        out = ops.combine(y, plan, weights)
+        return out.reshape(x.shape), ops.stats(plan, axis_name=axes)
+
+    args = (x, topk_idx, topk_weights, w_gate_up, w_down)
+    if AxisType.Explicit in mesh.axis_types:  # such a mesh never reshards by itself
+        pairs = zip(args, in_specs, strict=True)
+        args = tuple(jax.reshard(arg, NamedSharding(mesh, spec)) for arg, spec in pairs)
+    # tokamax's kernels do not say on which axes their results vary: no check_vma.
+    return jax.shard_map(
+        layer, mesh=mesh, in_specs=in_specs, out_specs=(tokens, P()), check_vma=False
+    )(*args)
+
+
+@jax.custom_vjp
+def _grouped_matmul(
+    rows: Float[Array, "C M"], weights: Float[Array, "L M N"], group_sizes: Int32[Array, "L"]
+) -> Float[Array, "C N"]:
+    cuda, default = _ragged_dots()
+    return lax.platform_dependent(rows, weights, group_sizes, cuda=cuda, default=default)
+
+
+def _grouped_matmul_forward(rows: Array, weights: Array, group_sizes: Array) -> tuple[Array, Any]:
+    return _grouped_matmul(rows, weights, group_sizes), (rows, weights, group_sizes)
+
+
+def _grouped_matmul_backward(residuals: Any, dout: Array) -> tuple[Array, Array, None]:
+    # Each platform differentiates its own matmul; the unused forward pass is dead code.
+    rows, weights, group_sizes = residuals
+
+    def gradients(ragged_dot: Callable[..., Array]) -> Callable[..., tuple[Array, Array]]:
+        return lambda rows, weights, group_sizes, dout: jax.vjp(
+            lambda rows, weights: ragged_dot(rows, weights, group_sizes), rows, weights
+        )[1](dout)
+
+    cuda, default = map(gradients, _ragged_dots())
+    drows, dweights = lax.platform_dependent(
+        rows, weights, group_sizes, dout, cuda=cuda, default=default
+    )
+    return drows, dweights, None
+
+
+_grouped_matmul.defvjp(_grouped_matmul_forward, _grouped_matmul_backward)
+
+
+def _ragged_dots() -> tuple[Callable[..., Array], Callable[..., Array]]:
+    """The grouped matmul for CUDA and the one for other platforms."""
+    if importlib.util.find_spec("tokamax") is not None:
+        return _tokamax_ragged_dot, lax.ragged_dot
+    return refused(
+        lax.ragged_dot,
+        "jax_moe_ep.moe_mlp: on CUDA the experts need tokamax, which is not installed. "
+        "pip install tokamax, or call plan, dispatch and combine around experts of your own",
+    ), lax.ragged_dot
+
+
+def _tokamax_ragged_dot(rows: Array, weights: Array, group_sizes: Array) -> Array:
+    import tokamax  # pyright: ignore[reportMissingImports]  # only CUDA installs have it
+
+    # Its Mosaic kernels, the default on Hopper, call a Pallas interface that jax 0.11.2 no longer
+    # has (tokamax 0.0.12).
+    return tokamax.ragged_dot(rows, weights, group_sizes, implementation="triton")
+
+
+def _check(
+    x: Array,
+    topk_idx: Array,
+    topk_weights: Array,
+    w_gate_up: Array,
+    w_down: Array,
+    mesh: Mesh,
+    config: EpConfig,
+    activation: str,
+    token_axes: tuple[str, ...],
+) -> None:
+    def fail(text: str) -> None:
+        raise ValueError(f"jax_moe_ep.moe_mlp: {text}")
+
+    if activation not in _GATES:
+        fail(f"activation must be one of {', '.join(map(repr, _GATES))}, got {activation!r}")
+    for axis in (*config.axes, *token_axes):
+        if axis not in mesh.axis_names:
+            fail(f"axis {axis!r} is not in the mesh, which has {mesh.axis_names}")
+    if missing := set(config.axes) - set(token_axes):
+        fail(f"token_axes={token_axes} must contain the EP axes; {sorted(missing)} are missing")
+    if topk_idx.shape[:-1] != x.shape[:-1] or topk_weights.shape != topk_idx.shape:
+        fail(
+            "x [..., H], topk_idx [..., K] and topk_weights [..., K] must agree, got "
+            f"{x.shape}, {topk_idx.shape} and {topk_weights.shape}"
+        )
+    if x.ndim < 2 or w_gate_up.ndim != 3 or w_gate_up.shape[2] % 2:
+        fail(f"x must be [..., H] and w_gate_up [E, H, 2F], got {x.shape} and {w_gate_up.shape}")
+    experts, hidden, inner = config.num_experts, x.shape[-1], w_gate_up.shape[2] // 2
+    if w_gate_up.shape[:2] != (experts, hidden) or w_down.shape != (experts, inner, hidden):
+        fail(
+            f"with E = {experts} and H = {hidden}, w_gate_up must be [E, H, 2F] and w_down "
+            f"[E, F, H], got {w_gate_up.shape} and {w_down.shape}"
+        )
+    if not x.dtype == w_gate_up.dtype == w_down.dtype:
+        raise TypeError(
+            "jax_moe_ep.moe_mlp: x, w_gate_up and w_down must have one dtype, got "
+            f"{x.dtype}, {w_gate_up.dtype} and {w_down.dtype}"
+        )
+    shards = 1
+    for axis in token_axes:
+        shards *= mesh.shape[axis]
+    if x.shape[0] % shards:
+        fail(
+            f"the first dimension of x, {x.shape[0]}, must be a multiple of the {shards} shards "
+            f"of axes {token_axes}. Pad it with tokens whose topk_idx is -1"
+        )

@@ -1,0 +1,261 @@
+"""Inside jit: one program for all routings, scan, donation, no transfers, names for checkpoint."""
+
+import contextlib
+import dataclasses
+import io
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from helpers import (
+    AXIS,
+    MAKERS,
+    Case,
+    assert_bitwise_equal,
+    assert_close,
+    make_floats,
+    make_ids,
+    make_mesh,
+    on_ranks,
+)
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jax_moe_ep as ep
+
+CASE = Case(T=4, K=2, E=8, R=2, A=2, H=8)
+
+
+def layer_of(config):
+    def layer(x, ids, weights):
+        plan = ep.plan(ids, config)
+        return ep.combine(ep.dispatch(x, plan), plan, weights)
+
+    return layer
+
+
+def make_inputs(case=CASE, maker="uniform", seed=0):
+    weights = make_floats(case.R, case.T, case.K, seed=seed + 1)
+    return make_floats(case.R, case.T, case.H, seed=seed), make_ids(maker, case, seed), weights
+
+
+def expected_of(case, x, ids, weights):
+    plan = oracle.plan(case, ids)
+    rows = oracle.dispatch(case, x, plan["slots"])
+    return oracle.combine(case, rows, plan["slots"], plan["owners"], weights)
+
+
+def place(*arrays):
+    """The arrays on their ranks, as a training loop would hold them."""
+    return jax.device_put(arrays, NamedSharding(make_mesh(CASE.R), P(AXIS)))
+
+
+def test_one_trace_for_all_routings():
+    """Routing is a matter of values: the function is traced and compiled once."""
+    traces = []
+    layer = layer_of(CASE.config("auto"))
+
+    def counted(*args):
+        traces.append(args)
+        return layer(*args)
+
+    run = on_ranks(counted, make_mesh(CASE.R))
+    for seed, maker in enumerate(MAKERS):
+        inputs = make_inputs(maker=maker, seed=seed)
+        assert_bitwise_equal(run(*inputs), expected_of(CASE, *inputs))
+    assert len(traces) == 1
+    assert run._cache_size() == 1
+
+
+def test_the_program_does_not_grow_with_the_ranks():
+    """C2: as many instructions for 8 ranks as for 2, forward and backward."""
+
+    def size(num_ranks):
+        case = dataclasses.replace(CASE, R=num_ranks)
+        layer = layer_of(case.config())
+
+        def step(x, ids, weights):
+            return jax.grad(lambda x, w: jnp.sum(layer(x, ids, w) ** 2), (0, 1))(x, weights)
+
+        text = on_ranks(step, make_mesh(num_ranks)).lower(*make_inputs(case)).as_text()
+        return text.count(" = ")
+
+    assert size(2) == size(8)
+
+
+def test_scan_over_batches():
+    """One plan per step, in a compiled loop."""
+    layer = layer_of(CASE.config())
+    batches = [make_inputs(maker=maker, seed=i) for i, maker in enumerate(("uniform", "masked"))]
+    stacked = [np.stack(each, 1) for each in zip(*batches, strict=True)]
+
+    def scanned(x, ids, weights):
+        return jax.lax.scan(lambda _, each: (None, layer(*each)), None, (x, ids, weights))[1]
+
+    out = on_ranks(scanned, make_mesh(CASE.R))(*stacked)
+    for i, inputs in enumerate(batches):
+        assert_bitwise_equal(np.asarray(out)[:, i], expected_of(CASE, *inputs))
+
+
+def test_plans_are_scanned_over():
+    """A Plan is a pytree: several are made first, stacked, and used later, one a step."""
+    batches = [make_inputs(seed=seed) for seed in range(3)]
+    x, ids, weights = (np.stack(each, 1) for each in zip(*batches, strict=True))
+    config = CASE.config()
+
+    def program(x, ids, weights):
+        _, plans = jax.lax.scan(lambda _, ids: (None, ep.plan(ids, config)), None, ids)
+
+        def step(_, each):
+            x, plan, weights = each
+            return None, ep.combine(ep.dispatch(x, plan), plan, weights)
+
+        return jax.lax.scan(step, None, (x, plans, weights))[1]
+
+    out = on_ranks(program, make_mesh(CASE.R))(x, ids, weights)
+    for i, inputs in enumerate(batches):
+        assert_bitwise_equal(np.asarray(out)[:, i], expected_of(CASE, *inputs))
+
+
+def test_branches_and_loops():
+    """Inside cond and fori_loop, whose results must have the types of their inputs."""
+    layer = layer_of(CASE.config())
+
+    def program(x, ids, weights):
+        x = jax.lax.fori_loop(0, 2, lambda _, x: layer(x, ids, weights), x)
+        return jax.lax.cond(jnp.bool_(True), lambda x: layer(x, ids, weights), lambda x: x, x)
+
+    x, ids, weights = make_inputs()
+    out = on_ranks(program, make_mesh(CASE.R))(x, ids, weights)
+    for _ in range(3):
+        x = expected_of(CASE, x, ids, weights)
+    assert_bitwise_equal(out, x)
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1])
+def test_result_types_do_not_depend_on_the_number_of_tokens(num_tokens):
+    """Under check_vma every result differs between the ranks, also with T = 0 (one branch each)."""
+    case = dataclasses.replace(CASE, T=num_tokens, empty_groups="block")
+    seen = {}
+
+    def program(x, ids, weights):
+        plan = ep.plan(ids, case.config())
+        rows = ep.dispatch(x, plan)
+        results = {
+            "plan": plan,
+            "dispatch": rows,
+            "combine": ep.combine(rows, plan, weights),
+            "row_weights": ep.row_weights(weights, plan),
+            "row_sources": ep.row_sources(plan),
+        }
+        for name, leaves in results.items():
+            seen[name] = {jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves(leaves)}
+        return results
+
+    jax.eval_shape(on_ranks(program, make_mesh(2)), *make_inputs(case))
+    assert seen == dict.fromkeys(seen, {frozenset({AXIS})})
+
+
+def test_donated_tokens():
+    """The tokens' memory is given back to XLA for the result of the same shape."""
+    x, ids, weights = make_inputs()
+    expected = expected_of(CASE, x, ids, weights)
+    x, ids, weights = place(x, ids, weights)
+    run = on_ranks(layer_of(CASE.config()), make_mesh(CASE.R))
+    out = jax.jit(run, donate_argnums=0)(x, ids, weights)
+    assert_bitwise_equal(out, expected)
+    assert x.is_deleted()
+    assert not weights.is_deleted()
+
+
+def test_eager_shard_map():
+    """Without jit each primitive runs by itself; the results are the same."""
+    inputs = make_inputs()
+    layer = layer_of(CASE.config("auto"))
+    run = jax.shard_map(
+        lambda *args: layer(*(x[0] for x in args))[None],
+        mesh=make_mesh(CASE.R),
+        in_specs=P(AXIS),
+        out_specs=P(AXIS),
+    )
+    assert_bitwise_equal(run(*inputs), expected_of(CASE, *inputs))
+
+
+def test_eager_gradient():
+    x, ids, weights = make_inputs()
+    layer = layer_of(CASE.config("auto"))
+
+    def total(x):
+        run = jax.shard_map(
+            lambda x, ids, weights: layer(x[0], ids[0], weights[0])[None],
+            mesh=make_mesh(CASE.R),
+            in_specs=P(AXIS),
+            out_specs=P(AXIS),
+        )
+        return jnp.sum(run(x, ids, weights))
+
+    # out[t] = x[t] * sum of its weights.
+    expected = np.broadcast_to(weights.sum(-1, keepdims=True), x.shape)
+    assert_close(jax.grad(total)(x), expected)
+
+
+def test_no_transfer_between_host_and_device():
+    """B4, C3: nothing is read back to size a buffer; a step runs under transfer_guard."""
+    inputs = make_inputs(maker="skewed")
+    placed = place(*inputs)
+    run = on_ranks(layer_of(CASE.config("auto")), make_mesh(CASE.R))
+    run(*placed)
+    with jax.transfer_guard("disallow"):
+        out = jax.block_until_ready(run(*placed))
+    assert_bitwise_equal(out, expected_of(CASE, *inputs))
+
+
+def named_values(op):
+    """The names of `checkpoint_name` in a program, with how many arrays have each."""
+    names = re.findall(r"name\[name=(\w+)\]", str(jax.make_jaxpr(op)(*make_inputs())))
+    return {name: names.count(name) for name in names}
+
+
+def test_names_for_checkpoint():
+    """Nine arrays of the plan, the rows, and the result can be named in a checkpoint policy."""
+    run = on_ranks(layer_of(CASE.config("auto")), make_mesh(CASE.R))
+    assert named_values(run) == {"ep_plan": len(oracle.LEAVES), "ep_rows": 1, "ep_out": 1}
+
+
+@pytest.mark.parametrize(
+    ("policy", "saved"),
+    [
+        (jax.checkpoint_policies.nothing_saveable, set()),
+        (jax.checkpoint_policies.save_only_these_names("ep_plan"), {"ep_plan"}),
+        (
+            jax.checkpoint_policies.save_only_these_names("ep_rows", "ep_out"),
+            {"ep_rows", "ep_out"},
+        ),
+    ],
+    ids=["nothing", "plan", "rows"],
+)
+def test_what_a_checkpoint_policy_saves(policy, saved):
+    config = CASE.config("auto")
+    x, ids, weights = make_inputs()
+
+    def layer(x, weights, ids):
+        plan = ep.plan(ids, config)
+        out = jnp.tanh(ep.combine(jnp.tanh(ep.dispatch(x, plan)), plan, weights))
+        return jnp.sum(out)
+
+    run = on_ranks(jax.checkpoint(layer, policy=policy), make_mesh(CASE.R))
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        jax.ad_checkpoint.print_saved_residuals(run, x, weights, ids)
+    plain = on_ranks(layer, make_mesh(CASE.R))
+    gradient, expected = (
+        jax.grad(lambda x, f=f: jnp.sum(f(x, weights, ids)))(x) for f in (run, plain)
+    )
+    assert_close(gradient, expected)
+    jaxpr = str(jax.make_jaxpr(jax.grad(lambda x: jnp.sum(run(x, weights, ids))))(x))
+    print(printed.getvalue())
+    print(jaxpr)
+    assert saved is not None

@@ -1,0 +1,92 @@
+"""The plan kernels on one GPU, as any rank of a group of any size, from the gathered ids."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from helpers import (
+    CASES,
+    DEVICES,
+    MAKERS,
+    Case,
+    assert_bitwise_equal,
+    make_ids,
+    make_priority,
+)
+
+from jax_moe_ep import cuda
+
+pytestmark = pytest.mark.skipif(DEVICES[0].platform != "gpu", reason="needs a CUDA GPU")
+
+LARGE = {
+    "deepseek": Case(T=512, K=8, E=256, R=2, A=128),
+    "most_experts": Case(T=300, K=8, E=4096, R=2, A=4, capacity=500),
+    "one_rank_of_all": Case(T=2000, K=8, E=4096, R=1, A=16, empty_groups="block"),
+    "many_ranks": Case(T=40, K=4, E=64, R=64, capacity=1.0),
+    "priority": Case(T=512, K=8, E=256, R=4, A=8, capacity=700, drop_policy="priority"),
+    "priority_experts": Case(
+        T=200, K=8, E=4096, R=8, expert_capacity=0.7, drop_policy="priority", distinct_experts=False
+    ),
+    "tight": Case(T=1500, K=2, E=4, R=2, A=64, capacity=128),
+}
+ALL = {name: case for name, case in {**CASES, **LARGE}.items() if case.T}
+
+
+@functools.cache
+def plan_of_rank(case: Case):
+    config = case.config("cuda")
+    return jax.jit(functools.partial(cuda.plan_from_gathered, config=config, num_ranks=case.R))
+
+
+def all_plans(case: Case, ids: np.ndarray, priority: np.ndarray | None):
+    flat = ids.reshape(-1, case.K)
+    if priority is None:
+        priority = np.zeros((0, case.K), np.float32)
+    plans = [
+        plan_of_rank(case)(flat, priority.reshape(-1, case.K), jnp.int32(rank))
+        for rank in range(case.R)
+    ]
+    return {name: np.stack([getattr(p, name) for p in plans]) for name in oracle.LEAVES}
+
+
+@pytest.mark.parametrize("maker", MAKERS)
+@pytest.mark.parametrize("name", ALL)
+def test_every_rank_equals_the_oracle(name: str, maker: str) -> None:
+    case = ALL[name]
+    ids, priority = make_ids(maker, case), make_priority(case)
+    expected = oracle.plan(case, ids, priority)
+    for leaf, got in all_plans(case, ids, priority).items():
+        assert_bitwise_equal(got, expected[leaf], leaf)
+
+
+@pytest.mark.parametrize("num_sms", [1, 2])
+def test_few_blocks_do_the_same(num_sms: int) -> None:
+    case = LARGE["priority"]
+    ids, priority = make_ids("skewed", case), make_priority(case)
+    config = dataclasses.replace(case.config("cuda"), num_sms=num_sms)
+    plan = cuda.plan_from_gathered(
+        jnp.asarray(ids.reshape(-1, case.K)),
+        jnp.asarray(priority.reshape(-1, case.K)),
+        jnp.int32(1),
+        config=config,
+        num_ranks=case.R,
+    )
+    expected = oracle.plan(case, ids, priority)
+    for leaf in oracle.LEAVES:
+        assert_bitwise_equal(getattr(plan, leaf), expected[leaf][1], leaf)
+
+
+def test_the_example_of_the_kernel() -> None:
+    """The numbers in the comment of plan.cu, derived there."""
+    case = Case(T=4, K=1, E=2, R=1, A=2)
+    ids = jnp.array([[1], [0], [1], [-1]], jnp.int32)
+    plan = plan_of_rank(case)(ids, jnp.zeros((0, 1)), jnp.int32(0))
+    assert plan.group_counts.tolist() == [1, 2]
+    assert plan.group_sizes.tolist() == [2, 2]
+    assert plan.group_starts.tolist() == [0, 2]
+    assert plan.slots.ravel().tolist() == [2, 0, 3, -1]
+    assert plan.owners.ravel().tolist() == [0, 0, 0, -1]
