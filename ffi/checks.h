@@ -5,6 +5,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include <atomic>
 #include <cstdint>
 #include <initializer_list>
 #include <string>
@@ -14,6 +15,9 @@
 namespace jax_moe_ep {
 
 namespace ffi = ::xla::ffi;
+
+// How often a handler ran on the host: tests see from it that XLA replays a captured graph instead.
+inline std::atomic<int64_t> num_executions{0};
 
 inline std::string DimsToString(const int64_t* dims, size_t rank) {
   std::string text = "[";

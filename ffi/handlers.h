@@ -1,4 +1,5 @@
-// The FFI handlers that module.cc registers: two stages an op.
+// The FFI handlers that module.cc registers: for each op one that loads its
+// kernels and one that launches them.
 
 #ifndef JAX_MOE_EP_HANDLERS_H_
 #define JAX_MOE_EP_HANDLERS_H_
@@ -10,6 +11,14 @@ namespace jax_moe_ep {
 extern "C" {
 XLA_FFI_Error* PlanInitializeFfi(XLA_FFI_CallFrame* call_frame);
 XLA_FFI_Error* PlanFfi(XLA_FFI_CallFrame* call_frame);
+XLA_FFI_Error* DispatchInitializeFfi(XLA_FFI_CallFrame* call_frame);
+XLA_FFI_Error* DispatchFfi(XLA_FFI_CallFrame* call_frame);
+XLA_FFI_Error* CombineInitializeFfi(XLA_FFI_CallFrame* call_frame);
+XLA_FFI_Error* CombineFfi(XLA_FFI_CallFrame* call_frame);
+XLA_FFI_Error* CombineBackwardFfi(XLA_FFI_CallFrame* call_frame);
+XLA_FFI_Error* RowWeightsInitializeFfi(XLA_FFI_CallFrame* call_frame);
+XLA_FFI_Error* RowWeightsFfi(XLA_FFI_CallFrame* call_frame);
+XLA_FFI_Error* RowWeightsBackwardFfi(XLA_FFI_CallFrame* call_frame);
 }
 
 }  // namespace jax_moe_ep

@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "checks.h"
 #include "handlers.h"
 #include "plan.h"
 #include "xla/ffi/api/c_api.h"
@@ -37,6 +38,12 @@ nb::dict Stages(XLA_FFI_Handler* initialize, XLA_FFI_Handler* execute) {
 nb::dict Registrations() {
   nb::dict targets;
   targets["jax_moe_ep_plan"] = Stages(PlanInitializeFfi, PlanFfi);
+  targets["jax_moe_ep_dispatch"] = Stages(DispatchInitializeFfi, DispatchFfi);
+  targets["jax_moe_ep_combine"] = Stages(CombineInitializeFfi, CombineFfi);
+  targets["jax_moe_ep_combine_backward"] = Stages(CombineInitializeFfi, CombineBackwardFfi);
+  targets["jax_moe_ep_row_weights"] = Stages(RowWeightsInitializeFfi, RowWeightsFfi);
+  targets["jax_moe_ep_row_weights_backward"] =
+      Stages(RowWeightsInitializeFfi, RowWeightsBackwardFfi);
   return targets;
 }
 
@@ -85,6 +92,10 @@ NB_MODULE(_ffi, m) {
   using namespace jax_moe_ep;
   m.def("registrations", &Registrations, "FFI targets: name -> stage -> capsule.");
   m.def("build_info", &BuildInfo, "What this extension was built with.");
+  m.def(
+      "num_executions",
+      [] { return num_executions.load(); },
+      "How often XLA ran a handler on the host; replays of a CUDA graph do not count.");
   m.def("driver_version", &DriverVersion, "The CUDA version of the driver.");
   m.def("peer_access", &PeerAccess, "[from][to]: whether a device can access another's memory.");
   m.def("plan_scratch_size",

@@ -38,6 +38,7 @@ ffi::Error PlanImpl(cudaStream_t stream,
                     bool by_priority,
                     bool block_for_empty,
                     int64_t num_sms) {
+  ++num_executions;
   if (num_experts < 1 || num_experts > kMaxExperts || num_ranks < 1 || num_experts % num_ranks) {
     return ffi::Error::InvalidArgument(
         std::string(kOp) + ": num_experts must be a multiple of num_ranks and at most " +

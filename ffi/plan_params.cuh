@@ -4,12 +4,11 @@
 #define JAX_MOE_EP_PLAN_PARAMS_CUH_
 
 #include "plan.h"
+#include "rows.cuh"
 
 namespace jax_moe_ep {
 namespace {
 
-constexpr int kWarpSize = 32;
-constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int kMaxWarps = 8;             // of a Count or Place block
 constexpr int kMaxCounters = 12 * 1024;  // of a Place block: 48 KB, which needs no opt-in
 constexpr int kItemsPerWarp = 64;        // two rounds: enough blocks at 64 Ki assignments

@@ -6,6 +6,9 @@ def registrations() -> dict[str, dict[str, Any]]:
 def build_info() -> dict[str, str]:
     """What this extension was built with: cuda, architectures, ffi_api, collectives."""
 
+def num_executions() -> int:
+    """How often XLA ran a handler on the host; replays of a CUDA graph do not count."""
+
 def driver_version() -> str:
     """The CUDA version of the driver. RuntimeError without one."""
 

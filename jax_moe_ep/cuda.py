@@ -1,5 +1,7 @@
 """The CUDA kernels as JAX functions: one XLA custom call an op, with the reference's signatures."""
 
+import math
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -9,11 +11,17 @@ import numpy as np
 from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
-from jaxtyping import Array, Float32, Int32, Shaped
+from jaxtyping import Array, Float, Float32, Int32, Shaped
 
 from jax_moe_ep import reference
 from jax_moe_ep.config import MAX_CUDA_EXPERTS, MAX_INT32, EpConfig
 from jax_moe_ep.plan import Plan
+
+# Set to 1 to use 16-byte loads and stores where the device could copy in bulk, for tests. Read when
+# an op is traced.
+FORCE_VECTOR = "JAX_MOE_EP_FORCE_VECTOR"
+
+ROW_BYTES_MULTIPLE = 16
 
 _why_not = ""
 try:
@@ -56,18 +64,6 @@ def _no_extension(name: str) -> str:
     )
 
 
-def _no_kernel(name: str) -> str:
-    return (
-        f"jax_moe_ep.{name}: this version has no CUDA kernel for it. Use "
-        "implementation='reference', which runs on GPUs too"
-    )
-
-
-def _without_kernel(name: str) -> Callable[..., Any]:
-    message = _no_extension(name) if _ffi is None else _no_kernel(name)
-    return refused(getattr(reference, name), message)
-
-
 def _plan_kernel(
     ids: Int32[Array, "T K"], priority: Float32[Array, "T K"] | None, *, config: EpConfig
 ) -> Plan:
@@ -82,10 +78,14 @@ def _plan_kernel(
     else:
         all_priority = _gather(priority, config)
     rank = lax.axis_index(config.axis_name)
+    if lax.axis_size(config.axis_name) == 1:
+        rank = jnp.zeros_like(rank)  # known when compiled: nothing to compute on the device
     return plan_from_gathered(_gather(ids, config), all_priority, rank, config=config)
 
 
 def _gather(x: Shaped[Array, "T K"], config: EpConfig) -> Shaped[Array, "RT K"]:
+    if lax.axis_size(config.axis_name) == 1:
+        return x  # XLA would launch a collective of one
     return lax.all_gather(x, config.axis_name).reshape(-1, x.shape[1])
 
 
@@ -148,14 +148,120 @@ def plan_from_gathered(
     )
 
 
+def _dispatch_kernel(x: tuple[Array, ...], plan: Plan) -> tuple[Array, ...]:
+    if problem := _why_no_rows("dispatch", x, plan):
+        return refused(reference.dispatch, problem)(x, plan)
+    shapes = [_like(leaf, (plan.capacity, *leaf.shape[1:]), leaf.dtype) for leaf in x]
+    return tuple(_call("dispatch", shapes, plan, *x))
+
+
+def _combine_kernel(
+    y: Float[Array, "C ..."], plan: Plan, weights: Float[Array, "T K"] | None
+) -> Float[Array, "T ..."]:
+    if problem := _why_no_sums("combine", y, plan):
+        return refused(reference.combine, problem)(y, plan, weights)
+    if weights is None:
+        weights = jnp.zeros((0, plan.top_k), jnp.float32)
+    shape = _like(y, (plan.num_tokens, *y.shape[1:]), y.dtype)
+    return _call("combine", shape, plan, y, weights.astype(jnp.float32))
+
+
+def _combine_backward_kernel(
+    dout: Float[Array, "T ..."],
+    y: Float[Array, "C ..."],
+    plan: Plan,
+    weights: Float[Array, "T K"],
+) -> tuple[Float[Array, "C ..."], Float[Array, "T K"]]:
+    if problem := _why_no_sums("combine", y, plan):
+        return refused(reference.combine_backward, problem)(dout, y, plan, weights)
+    shapes = [_like(y, y.shape, y.dtype), _like(y, weights.shape, jnp.float32)]
+    dy, dw = _call("combine_backward", shapes, plan, dout, y, weights.astype(jnp.float32))
+    return dy, dw.astype(weights.dtype)
+
+
+def _row_weights_kernel(weights: Float[Array, "T K"], plan: Plan) -> Float[Array, "C"]:
+    if problem := _why_no_weights(weights, plan):
+        return refused(reference.row_weights, problem)(weights, plan)
+    return _call("row_weights", _like(weights, (plan.capacity,), weights.dtype), plan, weights)
+
+
+def _row_weights_backward_kernel(drow: Float[Array, "C"], plan: Plan) -> Float[Array, "T K"]:
+    if problem := _why_no_weights(drow, plan):
+        return refused(reference.row_weights_backward, problem)(drow, plan)
+    return _call("row_weights_backward", _like(drow, plan.owners.shape, drow.dtype), plan, drow)
+
+
+def _call(op: str, result_types: Any, plan: Plan, *args: Array) -> Any:
+    """The custom call of an op that moves rows: the plan's arrays first, its options behind."""
+    return jax.ffi.ffi_call(f"jax_moe_ep_{op}", result_types)(
+        plan.slots,
+        plan.group_counts,
+        plan.group_sizes,
+        plan.group_starts,
+        *args,
+        alignment=np.int64(plan.config.alignment),
+        capacity=np.int64(plan.capacity),
+        zero_tail=plan.config.tail == "zero",
+        num_sms=np.int64(plan.config.num_sms or MAX_INT32),
+        force_vector=os.environ.get(FORCE_VECTOR, "0") != "0",
+    )
+
+
 def _like(array: Array, shape: tuple[int, ...], dtype: Any) -> Any:
     """A result type that varies on the mesh axes of the array."""
     return jax.typeof(array).update(shape=shape, dtype=jnp.dtype(dtype))
 
 
-plan = _without_kernel("plan") if _ffi is None else _plan_kernel
-dispatch = _without_kernel("dispatch")
-combine = _without_kernel("combine")
-combine_backward = _without_kernel("combine_backward")
-row_weights = _without_kernel("row_weights")
-row_weights_backward = _without_kernel("row_weights_backward")
+# What the kernels do not support, as the text of an error.
+
+
+def _why_no_group(op: str, plan: Plan) -> str | None:
+    if plan.num_ranks > 1:
+        return (
+            f"jax_moe_ep.{op}: the CUDA kernels of this version serve groups of one rank, and axis "
+            f"{plan.config.axis_name!r} has {plan.num_ranks}. Use implementation='reference', "
+            "which runs on GPUs too"
+        )
+    return None
+
+
+def _why_no_rows(op: str, leaves: tuple[Array, ...], plan: Plan) -> str | None:
+    for leaf in leaves:
+        row_bytes = leaf.dtype.itemsize * math.prod(leaf.shape[1:])
+        if row_bytes % ROW_BYTES_MULTIPLE or jnp.issubdtype(leaf.dtype, jnp.bool_):
+            return (
+                f"jax_moe_ep.{op}: the CUDA kernels move rows of a multiple of "
+                f"{ROW_BYTES_MULTIPLE} bytes of numbers, got {leaf.dtype}{list(leaf.shape)} with "
+                f"{row_bytes} bytes a row. Pad the rows, or use implementation='reference'"
+            )
+    return _why_no_group(op, plan)
+
+
+def _why_no_sums(op: str, y: Array, plan: Plan) -> str | None:
+    if y.dtype not in (jnp.float32, jnp.float16, jnp.bfloat16):
+        return (
+            f"jax_moe_ep.{op}: the CUDA kernels sum float32, float16 and bfloat16, got {y.dtype}. "
+            "Convert y, or use implementation='reference'"
+        )
+    return _why_no_rows(op, (y,), plan)
+
+
+def _why_no_weights(weights: Array, plan: Plan) -> str | None:
+    if weights.dtype.itemsize not in (2, 4):
+        return (
+            "jax_moe_ep.row_weights: the CUDA kernels take weights of 2 or 4 bytes, got "
+            f"{weights.dtype}. Convert them, or use implementation='reference'"
+        )
+    return _why_no_group("row_weights", plan)
+
+
+def _implementation(op: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
+    return kernel if _ffi is not None else refused(getattr(reference, op), _no_extension(op))
+
+
+plan = _implementation("plan", _plan_kernel)
+dispatch = _implementation("dispatch", _dispatch_kernel)
+combine = _implementation("combine", _combine_kernel)
+combine_backward = _implementation("combine_backward", _combine_backward_kernel)
+row_weights = _implementation("row_weights", _row_weights_kernel)
+row_weights_backward = _implementation("row_weights_backward", _row_weights_backward_kernel)

@@ -133,9 +133,7 @@ def _ragged_dots() -> tuple[Callable[..., Array], Callable[..., Array]]:
 def _tokamax_ragged_dot(rows: Array, weights: Array, group_sizes: Array) -> Array:
     import tokamax  # pyright: ignore[reportMissingImports]  # only CUDA installs have it
 
-    # Its Mosaic kernels, the default on Hopper, call a Pallas interface that jax 0.11.2 no longer
-    # has (tokamax 0.0.12).
-    return tokamax.ragged_dot(rows, weights, group_sizes, implementation="triton")
+    return tokamax.ragged_dot(rows, weights, group_sizes)
 
 
 def _check(

@@ -194,8 +194,8 @@ def stats(plan: Plan, *, axis_name: str | tuple[str, ...] = ()) -> Stats:
     Returns:
       `Stats`, the same on all ranks. No gradient.
     """
+    check_plan("stats", plan)
     config = plan.config
-    num_ranks("stats", config)
     more = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
     axes = tuple(dict.fromkeys((*config.axes, *more, *sorted(varying_axes(plan)))))
     plan = vary(plan, axes)

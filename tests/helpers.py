@@ -23,12 +23,13 @@ DEVICES = jax.devices()
 # Which implementations have which op. "cuda" is tested where the devices are GPUs.
 IMPLEMENTATIONS = {
     "plan": ("reference", "cuda"),
-    "dispatch": ("reference",),
-    "combine": ("reference",),
-    "combine_backward": ("reference",),
-    "row_weights": ("reference",),
-    "row_weights_backward": ("reference",),
+    "dispatch": ("reference", "cuda"),
+    "combine": ("reference", "cuda"),
+    "combine_backward": ("reference", "cuda"),
+    "row_weights": ("reference", "cuda"),
+    "row_weights_backward": ("reference", "cuda"),
 }
+ON_GPUS = DEVICES[0].platform == "gpu"
 
 # How far float32 results may be from the exact value, relative to the sum of magnitudes: n terms
 # lose at most n roundings of 2^-24, and no test here sums more than 2^7 terms. bf16 and fp16
@@ -36,25 +37,29 @@ IMPLEMENTATIONS = {
 TOLERANCE = {"float32": 2.0**-17, "bfloat16": 2.0**-7, "float16": 2.0**-10}
 
 
-def _runs(implementation: str, num_ranks: int) -> bool:
-    has_gpus = DEVICES[0].platform == "gpu" and len(DEVICES) >= num_ranks
-    return implementation != "cuda" or has_gpus
+def _runs(op: str, implementation: str, num_ranks: int) -> bool:
+    if implementation != "cuda":
+        return True
+    has_kernel = op == "plan" or num_ranks == 1  # the kernels that move rows serve one rank
+    return has_kernel and ON_GPUS and len(DEVICES) >= num_ranks
 
 
 def each_implementation(
     op: str, num_ranks: int = 2, name: str = "implementation"
 ) -> pytest.MarkDecorator:
     """Runs a test on `num_ranks` ranks once for every implementation that can run the op here."""
-    return pytest.mark.parametrize(name, [i for i in IMPLEMENTATIONS[op] if _runs(i, num_ranks)])
+    names = [i for i in IMPLEMENTATIONS[op] if _runs(op, i, num_ranks)]
+    return pytest.mark.parametrize(name, names)
 
 
 def each_case(op: str, names: Iterable[str] | None = None) -> pytest.MarkDecorator:
     """Runs a test for CASES, by name, with every implementation that can run the op here."""
+    chosen = set(CASES if names is None else names)
     pairs = [
         (name, implementation)
-        for name in (CASES if names is None else names)
+        for name in CASES
         for implementation in IMPLEMENTATIONS[op]
-        if _runs(implementation, CASES[name].R)
+        if name.removesuffix(ALONE) in chosen and _runs(op, implementation, CASES[name].R)
     ]
     return pytest.mark.parametrize(("name", "implementation"), pairs)
 
@@ -68,7 +73,7 @@ class Case:
     E: int
     R: int
     A: int = 1
-    H: int = 4
+    H: int = 16  # every dtype then has rows of a multiple of 16 bytes, as the kernels want
     capacity: int | float | None = None
     expert_capacity: int | float | None = None
     drop_policy: Any = "position"
@@ -115,6 +120,11 @@ CASES = {
         T=6, K=2, E=4, R=2, expert_capacity=2, drop_policy="priority", tail="undefined"
     ),
 }
+
+# The same on one rank, where the kernels can be compared.
+ALONE = "_alone"
+if ON_GPUS:
+    CASES |= {name + ALONE: dataclasses.replace(case, R=1) for name, case in CASES.items()}
 
 
 # Routings: ids [R, T, K].

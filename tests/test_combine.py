@@ -5,7 +5,6 @@ The values keep every product and sum in float32's normal range: CPUs flush smal
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import oracle
@@ -79,17 +78,16 @@ def test_every_dtype(dtype, weights_dtype, implementation):
 
 @each_implementation("combine", num_ranks=1)
 @each_dtype
-@pytest.mark.parametrize("num_ranks", [1, 4])
-def test_one_rank_and_four(num_ranks, dtype, implementation):
-    """One rank rounds its partial too, before the sum over ranks."""
-    case = Case(T=6, K=4, E=8, R=num_ranks, H=64)
+def test_one_rank_rounds_its_partial_too(dtype, implementation):
+    """The partial is cast before the sum over ranks, also where the sum has one term."""
+    case = Case(T=6, K=4, E=8, R=1, H=64)
     plan, slots, owners = routed(case)
     y, weights = make_rows(case, slots, dtype), make_weights(case, owners)
     out = run(ep.combine, plan, y, weights, implementation=implementation)
     assert_bitwise_equal(out, oracle.combine(case, y, slots, owners, weights))
 
 
-@each_implementation("combine")
+@each_implementation("combine", num_ranks=1)
 def test_order_of_k_by_hand(implementation):
     """One rank, one token, K = 3, rows 1e8, 1, -1e8 in the order of k, no weights.
 
@@ -135,7 +133,7 @@ def test_partials_are_rounded_to_the_dtype_by_hand(implementation):
     assert out[0, 0, 0] == 1
 
 
-@each_implementation("combine")
+@each_implementation("combine", num_ranks=1)
 def test_product_and_sum_are_rounded_one_by_one_by_hand(implementation):
     """w = y = 1 + 2^-12: the product 1 + 2^-11 + 2^-24 rounds to 1 + 2^-11 (even).
 
@@ -261,4 +259,4 @@ def test_weights_inside_the_expert_or_after_it(implementation):
     inside = run(ep.row_weights, plan, weights, implementation=implementation)[..., None] * y
     after = run(ep.combine, plan, y, weights, implementation=implementation)
     assert_close(run(ep.combine, plan, inside, implementation=implementation), after)
-    assert jax.tree.leaves(after)[0].any()
+    assert after.any()

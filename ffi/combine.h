@@ -1,0 +1,41 @@
+// combine and its backward: the rows of every token, summed; one rank.
+
+#ifndef JAX_MOE_EP_COMBINE_H_
+#define JAX_MOE_EP_COMBINE_H_
+
+#include "rows.h"
+
+namespace jax_moe_ep {
+
+enum class FloatType { kF32, kF16, kBF16 };
+
+cudaError_t LoadCombine();
+
+// out[t] = sum over k in order of weights[t, k] * y[slots[t, k]], product and sum rounded to fp32
+// one by one, then to the type; +0 for a token without rows. Null weights: a plain sum.
+// y [C, row_bytes], out [T, row_bytes]; row_bytes a multiple of 16; weights fp32 [T, K].
+cudaError_t LaunchCombine(const RowsPlan& plan,
+                          const LaunchLimits& limits,
+                          FloatType type,
+                          const void* y,
+                          const float* weights,
+                          void* out,
+                          int64_t row_bytes,
+                          cudaStream_t stream);
+
+// dy[row] = weights[t, k] * dout[t], dweights[t, k] = <dout[t], y[row]> in fp32 in a fixed order;
+// zero in padding, at slots of -1 and, if asked, in the tail.
+cudaError_t LaunchCombineBackward(const RowsPlan& plan,
+                                  const LaunchLimits& limits,
+                                  FloatType type,
+                                  const void* dout,
+                                  const void* y,
+                                  const float* weights,
+                                  void* dy,
+                                  float* dweights,
+                                  int64_t row_bytes,
+                                  cudaStream_t stream);
+
+}  // namespace jax_moe_ep
+
+#endif  // JAX_MOE_EP_COMBINE_H_

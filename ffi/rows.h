@@ -1,0 +1,38 @@
+// The receive buffer: which rows hold tokens, and which must be zero.
+
+#ifndef JAX_MOE_EP_ROWS_H_
+#define JAX_MOE_EP_ROWS_H_
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+namespace jax_moe_ep {
+
+// A plan as the kernels that move data need it. Device pointers are to int32.
+struct RowsPlan {
+  const int32_t* slots;         // [num_tokens, top_k] row or -1
+  const int32_t* group_counts;  // [num_groups]
+  const int32_t* group_sizes;   // [num_groups]
+  const int32_t* group_starts;  // [num_groups]
+  int64_t num_tokens;           // T
+  int top_k;                    // K
+  int num_groups;               // L
+  int alignment;                // A: no group has more than A rows of padding
+  int64_t capacity;             // C
+  bool zero_tail;
+};
+
+// How a launch may use the device.
+struct LaunchLimits {
+  int num_sms;      // the most SMs to fill
+  bool is_bounded;  // the user set num_sms
+  bool has_bulk_copy;
+};
+
+// What the current device offers, within num_sms; force_vector ignores bulk copies.
+cudaError_t GetLaunchLimits(int64_t num_sms, bool force_vector, LaunchLimits* limits);
+
+}  // namespace jax_moe_ep
+
+#endif  // JAX_MOE_EP_ROWS_H_

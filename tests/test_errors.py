@@ -1,0 +1,340 @@
+"""Every error, by its text: it names the op, what was given, and what to do."""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import (
+    AXIS,
+    DEVICES,
+    IMPLEMENTATIONS,
+    Case,
+    devices,
+    make_mesh,
+    on_ranks,
+    planner,
+    run_plan,
+)
+from jax.sharding import Mesh
+
+import jax_moe_ep as ep
+from jax_moe_ep import cuda
+
+CASE = Case(T=4, K=2, E=4, R=2, H=4)
+IDS = np.zeros((2, 4, 2), np.int32)
+
+
+def a_plan(**options):
+    return run_plan(dataclasses.replace(CASE, **options), IDS)
+
+
+def raises(error, *parts):
+    """The parts of the message, in their order, with anything between them."""
+    return pytest.raises(error, match="(?s)" + ".*".join(map(re.escape, parts)))
+
+
+def run_on_two(op, *args):
+    return on_ranks(op, make_mesh(2))(*args)
+
+
+# plan.
+
+
+def plan_with(ids, priority=None, **options):
+    return run_on_two(planner(dataclasses.replace(CASE, **options).config()), ids, priority)
+
+
+@pytest.mark.parametrize("dtype", [np.uint32, np.int16, np.float32, bool])
+def test_ids_of_another_dtype(dtype):
+    with raises(TypeError, "jax_moe_ep.plan: topk_idx must be int32 or int64, got", "t"):
+        plan_with(IDS.astype(dtype))
+
+
+@pytest.mark.parametrize("shape", [(4,), (4, 2, 1), (4, 0)])
+def test_ids_of_another_shape(shape):
+    message = f"jax_moe_ep.plan: topk_idx must be [T, K] with K >= 1, got shape {shape}"
+    with raises(ValueError, message, "Reshape a batch [B, S, K] to [B*S, K]"):
+        plan_with(np.zeros((2, *shape), np.int32))
+
+
+def test_experts_not_a_multiple_of_the_ranks():
+    message = f"num_experts=5 is not a multiple of the 2 ranks of axis '{AXIS}'"
+    with raises(ValueError, "jax_moe_ep.plan:", message):
+        plan_with(IDS, E=5)
+
+
+def test_axis_that_is_not_bound():
+    with raises(ValueError, "jax_moe_ep.plan: axis 'expert' is not bound", "jax.shard_map"):
+        ep.plan(IDS[0], CASE.config())
+    with raises(ValueError, "jax_moe_ep.plan: axis 'other' is not bound"):
+        run_on_two(planner(CASE.config(axis_name="other")), IDS)
+    with raises(ValueError, "jax_moe_ep.plan: axis ('expert', 'other') is not bound"):
+        run_on_two(planner(CASE.config(axis_name=(AXIS, "other"))), IDS)
+
+
+@pytest.mark.parametrize(
+    "op",
+    [
+        lambda plan: ep.dispatch(IDS[0], plan),
+        lambda plan: ep.combine(np.zeros((8, 4), np.float32), plan),
+        lambda plan: ep.row_weights(np.zeros((4, 2), np.float32), plan),
+        ep.row_sources,
+        ep.stats,
+    ],
+    ids=["dispatch", "combine", "row_weights", "row_sources", "stats"],
+)
+def test_ops_outside_shard_map(op, request):
+    plan = jax.tree.map(lambda leaf: leaf[0], a_plan())
+    name = request.node.callspec.id
+    with raises(ValueError, f"jax_moe_ep.{name}: axis 'expert' is not bound", "shard_map"):
+        op(plan)
+
+
+def test_config_of_another_type():
+    with raises(TypeError, "jax_moe_ep.plan: config must be an EpConfig, got 4"):
+        run_on_two(lambda ids: ep.plan(ids, 4), IDS)
+
+
+def test_priority_without_its_policy_and_the_policy_without_priority():
+    priority = np.zeros(IDS.shape, np.float32)
+    with raises(ValueError, "priority is given, but drop_policy='position' does not use it"):
+        plan_with(IDS, priority)
+    with raises(ValueError, "jax_moe_ep.plan: drop_policy='priority' needs priority, [T, K]"):
+        plan_with(IDS, drop_policy="priority")
+
+
+def test_priority_of_another_dtype_or_shape():
+    with raises(TypeError, "jax_moe_ep.plan: priority must be floating, got int32"):
+        plan_with(IDS, IDS, drop_policy="priority")
+    with raises(ValueError, "priority must have the shape of topk_idx, (4, 2), got (4, 3)"):
+        plan_with(IDS, np.zeros((2, 4, 3), np.float32), drop_policy="priority")
+
+
+def test_blocks_that_do_not_fit():
+    """2 local experts with a block of 8 each need 16 rows."""
+    message = "capacity=15 gives 15 rows, but empty_groups='block' needs a block of 8 for each of"
+    with raises(ValueError, "jax_moe_ep.plan:", message, "2 local experts"):
+        plan_with(IDS, A=8, capacity=15, empty_groups="block")
+    assert plan_with(IDS, A=8, capacity=16, empty_groups="block").capacity == 16
+
+
+def test_row_numbers_beyond_int32():
+    """R*T*K = 2 * 2^20 * 2^10 = 2^31 assignments; only shapes are needed to refuse them."""
+    ids = jax.ShapeDtypeStruct((2, 2**20, 2**10), jnp.int32)
+    plan = on_ranks(planner(CASE.config()), make_mesh(2))
+    with raises(ValueError, "jax_moe_ep.plan: R*T*K = 2*1048576*1024", "2147483647", "Split"):
+        plan.trace(ids)
+
+
+# The other ops.
+
+
+@pytest.mark.parametrize("op", [ep.dispatch, ep.combine, ep.row_weights, ep.row_sources, ep.stats])
+def test_something_else_than_a_plan(op):
+    name = op.__name__
+    args = (IDS,) if name in ("row_sources", "stats") else (np.zeros((2, 4, 2), np.float32), IDS)
+    with raises(TypeError, f"jax_moe_ep.{name}: plan must be a Plan, got "):
+        run_on_two(op, *args)
+
+
+@pytest.mark.parametrize("op", [ep.dispatch, ep.combine, ep.row_weights, ep.row_sources, ep.stats])
+def test_plan_of_another_number_of_ranks(op):
+    plan = jax.tree.map(lambda leaf: leaf[:1], a_plan())
+    takes_plan_only = op in (ep.row_sources, ep.stats)
+    args = (plan,) if takes_plan_only else (np.zeros((1, 4, 2), np.float32), plan)
+    message = f"jax_moe_ep.{op.__name__}: the plan was made for 2 ranks, but axis 'expert' has 1"
+    with raises(ValueError, message):
+        on_ranks(op, make_mesh(1))(*args)
+
+
+def test_tokens_of_another_number():
+    message = "jax_moe_ep.dispatch: x must be [T, ...] with T = 4 as in the plan, got shape"
+    with raises(ValueError, message, "(5, 3)"):
+        run_on_two(ep.dispatch, np.zeros((2, 5, 3), np.float32), a_plan())
+    with raises(ValueError, message, "()"):
+        run_on_two(ep.dispatch, {"a": np.zeros((2, 4)), "b": np.zeros(2)}, a_plan())
+
+
+def test_rows_of_another_number():
+    plan = a_plan()
+    message = f"jax_moe_ep.combine: y must be [C, ...] with C = {plan.capacity} as in the plan"
+    with raises(ValueError, message, "(4, 3)"):
+        run_on_two(ep.combine, np.zeros((2, 4, 3), np.float32), plan)
+
+
+def test_rows_of_another_dtype():
+    plan = a_plan()
+    for dtype in (np.int32, np.bool_, np.complex64):
+        y = np.zeros((2, plan.capacity, 4), dtype)
+        with raises(TypeError, "y must be floating with at most 32 bits, got", "Convert y"):
+            run_on_two(ep.combine, y, plan)
+    with jax.enable_x64(True), raises(TypeError, "at most 32 bits, got float64"):
+        run_on_two(ep.combine, np.zeros((2, plan.capacity, 4), np.float64), plan)
+
+
+@pytest.mark.parametrize("op", [ep.combine, ep.row_weights])
+def test_weights_of_another_shape_or_dtype(op):
+    plan, name = a_plan(), op.__name__
+    first = (np.zeros((2, plan.capacity, 4), np.float32),) if op is ep.combine else ()
+
+    def call(weights):
+        order = (*first, plan, weights) if op is ep.combine else (weights, plan)
+        return run_on_two(op, *order)
+
+    message = f"jax_moe_ep.{name}: topk_weights must be [T, K] = (4, 2) as in the plan, got (4, 3)"
+    with raises(ValueError, message):
+        call(np.zeros((2, 4, 3), np.float32))
+    with raises(TypeError, f"jax_moe_ep.{name}: topk_weights must be floating, got int32"):
+        call(IDS)
+
+
+# vmap.
+
+
+def vmapped(op):
+    """The op on two batches per rank."""
+    return {
+        "plan": lambda: run_on_two(
+            jax.vmap(lambda ids: ep.plan(ids, CASE.config("auto"))), np.stack([IDS] * 2, 1)
+        ),
+        "dispatch": lambda: run_on_two(
+            lambda x, plan: jax.vmap(lambda x: ep.dispatch(x, plan))(x),
+            np.zeros((2, 3, 4, 2), np.float32),
+            a_plan(),
+        ),
+        "combine": lambda: run_on_two(
+            lambda y, plan, w: jax.vmap(lambda w: ep.combine(y, plan, w))(w),
+            np.zeros((2, a_plan().capacity, 2), np.float32),
+            a_plan(),
+            np.zeros((2, 3, 4, 2), np.float32),
+        ),
+        "combine_backward": lambda: run_on_two(
+            lambda y, plan, w, dout: jax.vmap(
+                jax.vjp(lambda y, w: ep.combine(y, plan, w), y, w)[1]
+            )(dout),
+            np.zeros((2, a_plan().capacity, 2), np.float32),
+            a_plan(),
+            np.zeros((2, 4, 2), np.float32),
+            np.zeros((2, 3, 4, 2), np.float32),
+        ),
+        "row_weights": lambda: run_on_two(
+            lambda w, plan: jax.vmap(lambda w: ep.row_weights(w, plan))(w),
+            np.zeros((2, 3, 4, 2), np.float32),
+            a_plan(),
+        ),
+        "row_weights_backward": lambda: run_on_two(
+            lambda w, plan, drow: jax.vmap(jax.vjp(lambda w: ep.row_weights(w, plan), w)[1])(drow),
+            np.zeros((2, 4, 2), np.float32),
+            a_plan(),
+            np.zeros((2, 3, a_plan().capacity), np.float32),
+        ),
+    }[op]
+
+
+@pytest.mark.parametrize("op", IMPLEMENTATIONS)
+def test_vmap_is_refused(op):
+    message = f"jax_moe_ep.{op} cannot be vmapped"
+    with raises(NotImplementedError, message, "Reshape [B, S, ...] to [B*S, ...]"):
+        vmapped(op)()
+
+
+# Platforms.
+
+
+def lowered(op, implementation, platform, num_ranks=1, hidden=16, dtype=np.float32):
+    """The text of the program of one op, for a platform that need not be here."""
+    mesh = Mesh(np.array(devices(num_ranks)), (AXIS,))
+    case = dataclasses.replace(CASE, R=num_ranks)
+    ids = IDS[:num_ranks]
+    plan = run_plan(case, ids)
+    plan = dataclasses.replace(plan, config=case.config(implementation))
+    x = np.zeros((num_ranks, 4, hidden), dtype)
+    y = np.zeros((num_ranks, plan.capacity, hidden), dtype)
+    weights = np.zeros((num_ranks, 4, 2), np.float32)
+
+    def backward(f, x, dout):
+        return jax.vjp(f, x)[1](dout)
+
+    program, args = {
+        "plan": (planner(plan.config), (ids, None)),
+        "dispatch": (ep.dispatch, (x, plan)),
+        "combine": (ep.combine, (y, plan, weights)),
+        "combine_backward": (
+            lambda w, y, plan, dout: backward(lambda w: ep.combine(y, plan, w), w, dout),
+            (weights, y, plan, x),
+        ),
+        "row_weights": (ep.row_weights, (weights, plan)),
+        "row_weights_backward": (
+            lambda w, plan, drow: backward(lambda w: ep.row_weights(w, plan), w, drow),
+            (weights, plan, np.zeros((num_ranks, plan.capacity), np.float32)),
+        ),
+    }[op]
+    traced = on_ranks(program, mesh).trace(*args)
+    return traced.lower(lowering_platforms=(platform,)).as_text()
+
+
+@pytest.mark.parametrize("op", IMPLEMENTATIONS)
+def test_cuda_compiled_for_another_platform(op):
+    """The forward op of a backward is refused first, and names itself."""
+    forward = op.removesuffix("_backward")
+    message = "implementation='cuda' needs CUDA devices, and this program is compiled for another"
+    with raises(NotImplementedError, f"jax_moe_ep.{forward}", message, "'auto' or 'reference'"):
+        lowered(op, "cuda", "cpu")
+
+
+@pytest.mark.parametrize("implementation", ["auto", "cuda"])
+@pytest.mark.parametrize("op", IMPLEMENTATIONS)
+def test_lowering_for_cuda(op, implementation):
+    """The op's custom call, or an error that says what is missing; never a silent reference."""
+    if cuda._ffi is not None:
+        assert f"custom_call @jax_moe_ep_{op}(" in lowered(op, implementation, "cuda")
+        return
+    with raises(NotImplementedError, "jax_moe_ep.", "has no CUDA extension", "='reference'"):
+        lowered(op, implementation, "cuda")
+
+
+needs_extension = pytest.mark.skipif(cuda._ffi is None, reason="needs the CUDA extension")
+
+
+@needs_extension
+@pytest.mark.parametrize("op", [op for op in IMPLEMENTATIONS if op != "plan"])
+def test_rows_of_several_ranks_have_no_kernel(op):
+    message = "the CUDA kernels of this version serve groups of one rank, and axis 'expert' has 2"
+    with raises(NotImplementedError, "jax_moe_ep.", message, "implementation='reference'"):
+        lowered(op, "auto", "cuda", num_ranks=2)
+
+
+@needs_extension
+@pytest.mark.parametrize("op", ["dispatch", "combine", "combine_backward"])
+def test_rows_of_other_lengths_have_no_kernel(op):
+    """6 fp32 values are 24 bytes."""
+    message = "rows of a multiple of 16 bytes of numbers, got float32[4, 6] with 24 bytes a row"
+    if op != "dispatch":
+        message = "rows of a multiple of 16 bytes of numbers, got float32"
+    with raises(NotImplementedError, "jax_moe_ep.", message, "Pad the rows"):
+        lowered(op, "auto", "cuda", hidden=6)
+
+
+@needs_extension
+def test_sums_of_other_types_have_no_kernel():
+    message = "the CUDA kernels sum float32, float16 and bfloat16, got float8_e4m3fn"
+    with raises(NotImplementedError, "jax_moe_ep.combine", message, "Convert y"):
+        lowered("combine", "auto", "cuda", dtype=jnp.float8_e4m3fn)
+
+
+@pytest.mark.parametrize("op", IMPLEMENTATIONS)
+def test_reference_lowers_for_cuda_without_custom_calls(op):
+    assert "custom_call @jax_moe_ep" not in lowered(op, "reference", "cuda")
+
+
+def test_too_many_experts_for_the_kernels():
+    """auto takes the reference elsewhere; on CUDA it says so instead of running something else."""
+    config = ep.EpConfig(8192, AXIS)
+    plan = on_ranks(planner(config), make_mesh(2))
+    if DEVICES[0].platform == "cpu":
+        assert plan(IDS, None).group_counts.shape == (2, 4096)
+    with raises(NotImplementedError, "jax_moe_ep.plan:"):
+        plan.trace(IDS, None).lower(lowering_platforms=("cuda",))
