@@ -15,7 +15,7 @@ MAX_CUDA_EXPERTS = 4096
 DEFAULT_TIMEOUT_S = 300.0
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class EpConfig:
     """Options of one expert-parallel group. Frozen and hashable, so it can be a static argument.
 
@@ -92,6 +92,18 @@ class EpConfig:
                 f"implementation='cuda' supports num_experts up to {MAX_CUDA_EXPERTS}, got "
                 f"{self.num_experts}; use implementation='reference'"
             )
+
+    # Equal only with equal types: capacity=1 is one row and capacity=1.0 a factor, but 1 == 1.0,
+    # and jit would take the program of the one for the other.
+    def _key(self) -> tuple[object, ...]:
+        values = [getattr(self, field.name) for field in dataclasses.fields(self)]
+        return tuple((type(value), value) for value in values)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, EpConfig) and self._key() == other._key()
+
+    def __hash__(self) -> int:
+        return hash(self._key())
 
     @property
     def axes(self) -> tuple[str, ...]:

@@ -103,7 +103,7 @@ def dispatch(x: PyTree[Shaped[Array, "T ..."]], plan: Plan) -> PyTree[Shaped[Arr
         moving, plan = vary((moving, plan), plan.config.axes)
         moving = _dispatch(moving, plan)
     moved = iter(moving)
-    leaves = [next(moved) if leaf.size else _no_rows(leaf, plan.capacity) for leaf in leaves]
+    leaves = [next(moved) if leaf.size else _nothing(leaf, plan.capacity, plan) for leaf in leaves]
     return treedef.unflatten([checkpoint_name(leaf, "ep_rows") for leaf in leaves])
 
 
@@ -141,7 +141,7 @@ def combine(
     if topk_weights is not None:
         check_weights("combine", topk_weights, plan)
     if plan.num_tokens == 0 or y.size == 0:
-        return checkpoint_name(_no_rows(y, plan.num_tokens), "ep_out")
+        return checkpoint_name(_nothing(y, plan.num_tokens, plan), "ep_out")
     y, plan, topk_weights = vary((y, plan, topk_weights), plan.config.axes)
     return checkpoint_name(_combine(y, plan, topk_weights), "ep_out")
 
@@ -164,7 +164,7 @@ def row_weights(topk_weights: Float[Array, "T K"], plan: Plan) -> Float[Array, "
     check_plan("row_weights", plan)
     check_weights("row_weights", topk_weights, plan)
     if plan.num_tokens == 0 or plan.capacity == 0:
-        return jnp.zeros(plan.capacity, topk_weights.dtype)
+        return _nothing(topk_weights[:, 0], plan.capacity, plan)
     topk_weights, plan = vary((topk_weights, plan), plan.config.axes)
     return _row_weights(topk_weights, plan)
 
@@ -179,7 +179,7 @@ def row_sources(plan: Plan) -> Int32[Array, "C"]:
       [C] int32. No gradient.
     """
     check_plan("row_sources", plan)
-    return reference.row_sources(plan)
+    return vary((reference.row_sources(plan), plan), plan.config.axes)[0]
 
 
 def stats(plan: Plan, *, axis_name: str | tuple[str, ...] = ()) -> Stats:
@@ -212,9 +212,10 @@ def stats(plan: Plan, *, axis_name: str | tuple[str, ...] = ()) -> Stats:
     )
 
 
-def _no_rows(like: Array, size: int) -> Array:
+def _nothing(like: Array, size: int, plan: Plan) -> Array:
     """The result where nothing moves: zero bytes, also in types without a zero (e8m0 scales)."""
-    return jnp.asarray(np.zeros((size, *like.shape[1:]), like.dtype))
+    result = jnp.asarray(np.zeros((size, *like.shape[1:]), like.dtype))
+    return vary((result, like, plan), plan.config.axes)[0]
 
 
 # Gradients.

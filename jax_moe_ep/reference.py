@@ -106,7 +106,8 @@ def combine(
     ranks = jnp.arange(plan.num_ranks, dtype=jnp.int32)[:, None, None]
     position = jnp.arange(plan.num_ranks * plan.num_tokens).reshape(plan.num_ranks, -1)
     senders = jnp.where((plan.owners == ranks).any(-1), position, -1)  # [R, T]
-    return _sum_in_order(landed.reshape(-1, *y.shape[1:]), senders).astype(y.dtype)
+    out = _sum_in_order(landed.reshape(-1, *y.shape[1:]), senders).astype(y.dtype)
+    return jnp.where(out == 0, 0, out)  # +0, which the compiler's own idea of +0 + -0 may not be
 
 
 def combine_backward(
@@ -188,8 +189,7 @@ def _sum_in_order(
         return total + jnp.where(_column(i >= 0, rows), rows[i], 0), None
 
     zero = jnp.zeros_like(rows, shape=(index.shape[1], *rows.shape[1:]))
-    total = lax.scan(add, zero, index)[0]
-    return jnp.where(total == 0, 0, total)  # the compiler may have dropped +0 + -0
+    return lax.scan(add, zero, index)[0]
 
 
 def _column(values: Shaped[Array, "N"], like: jax.Array) -> Shaped[Array, "N ..."]:

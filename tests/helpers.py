@@ -52,6 +52,12 @@ def each_implementation(
     return pytest.mark.parametrize(name, names)
 
 
+def each_size(op: str, sizes: Iterable[int]) -> pytest.MarkDecorator:
+    """Runs a test for numbers of ranks with every implementation that can run the op there."""
+    pairs = [(r, i) for r in sizes for i in IMPLEMENTATIONS[op] if _runs(op, i, r)]
+    return pytest.mark.parametrize(("num_ranks", "implementation"), pairs)
+
+
 def each_case(op: str, names: Iterable[str] | None = None) -> pytest.MarkDecorator:
     """Runs a test for CASES, by name, with every implementation that can run the op here."""
     chosen = set(CASES if names is None else names)
@@ -124,7 +130,10 @@ CASES = {
 # The same on one rank, where the kernels can be compared.
 ALONE = "_alone"
 if ON_GPUS:
-    CASES |= {name + ALONE: dataclasses.replace(case, R=1) for name, case in CASES.items()}
+    CASES |= {
+        name + ALONE: dataclasses.replace(case, R=1, E=case.num_local)
+        for name, case in CASES.items()
+    }
 
 
 # Routings: ids [R, T, K].

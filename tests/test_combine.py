@@ -17,6 +17,7 @@ from helpers import (
     assert_close,
     each_case,
     each_implementation,
+    each_size,
     make_floats,
     make_ids,
     make_priority,
@@ -96,8 +97,8 @@ def test_order_of_k_by_hand(implementation):
     """
     case = Case(T=1, K=3, E=3, R=1)
     plan = run_plan(case, np.array([[[2, 0, 1]]], np.int32))
-    y = np.array([[[1], [-1e8], [1e8]]], np.float32)
-    assert run(ep.combine, plan, y, implementation=implementation).tolist() == [[[0]]]
+    y = np.array([[[1], [-1e8], [1e8]]], np.float32).repeat(4, axis=2)
+    assert run(ep.combine, plan, y, implementation=implementation).tolist() == [[[0] * 4]]
 
 
 @each_implementation("combine", num_ranks=4)
@@ -142,14 +143,14 @@ def test_product_and_sum_are_rounded_one_by_one_by_hand(implementation):
     case = Case(T=1, K=2, E=2, R=1)
     plan = run_plan(case, np.array([[[0, 1]]], np.int32))
     value = 1 + 2.0**-12
-    y = np.array([[[-(1 + 2.0**-11)], [value]]], np.float32)
+    y = np.array([[[-(1 + 2.0**-11)], [value]]], np.float32).repeat(4, axis=2)
     weights = np.array([[[1, value]]], np.float32)
-    assert run(ep.combine, plan, y, weights, implementation=implementation).tolist() == [[[0]]]
+    out = run(ep.combine, plan, y, weights, implementation=implementation)
+    assert out.tolist() == [[[0] * 4]]
 
 
-@each_implementation("combine", num_ranks=1)
+@each_size("combine", (1, 2))
 @each_dtype
-@pytest.mark.parametrize("num_ranks", [1, 2])
 def test_zeros_are_positive(num_ranks, dtype, implementation):
     """Sums start from +0: +0 + -0 = +0. So are tokens without rows, and partials that round to -0.
 

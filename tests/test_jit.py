@@ -176,7 +176,7 @@ def test_eager_shard_map():
 
     One rank and one token, because every primitive is compiled by itself.
     """
-    case = Case(T=1, K=1, E=1, R=1, H=2)
+    case = Case(T=1, K=1, E=1, R=1, H=4)
     plan = run_plan(case, np.zeros((1, 1, 1), np.int32), implementation="auto")
 
     def total(x):
@@ -189,7 +189,7 @@ def test_eager_shard_map():
         rows = run(x, plan)
         return jnp.sum(rows * rows), rows
 
-    x = make_floats(1, 1, 2)
+    x = make_floats(1, 1, 4)
     gradient, rows = jax.grad(total, has_aux=True)(x)
     assert_bitwise_equal(rows, x)
     assert_bitwise_equal(gradient, 2 * x)
