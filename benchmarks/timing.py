@@ -3,6 +3,7 @@
 import datetime
 import importlib.metadata
 import json
+import os
 import pathlib
 import statistics
 import subprocess
@@ -74,14 +75,14 @@ def environment() -> dict[str, Any]:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    commit = subprocess.run(
+    described = subprocess.run(
         ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
     )
     return {
         "command": "python -m " + " ".join([_module_name(), *sys.argv[1:]]),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "devices": [device.device_kind for device in jax.devices()],
-        "commit": commit.stdout.strip() or "unknown",
+        "commit": described.stdout.strip() or os.environ.get("COMMIT", "unknown"),
         "versions": versions,
     }
 

@@ -50,6 +50,7 @@ __device__ inline void ZeroRowsByWarp(
     for (; lanes != 0; lanes &= lanes - 1) {
       int64_t target = __shfl_sync(kAllLanes, row, __ffs(lanes) - 1);
       uint4* out = reinterpret_cast<uint4*>(rows + target * row_bytes);
+#pragma unroll 4
       for (int64_t i = lane; i < row_bytes / kVecBytes; i += kWarpSize) {
         out[i] = make_uint4(0, 0, 0, 0);
       }
