@@ -29,7 +29,7 @@ lint: .venv/linters
 	$(BIN)/ruff check $(PYTHON_SOURCES)
 	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
 	$(BIN)/codespell
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 format: .venv/linters
 	$(BIN)/ruff format $(PYTHON_SOURCES)

@@ -79,7 +79,7 @@ def environment() -> dict[str, Any]:
         ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
     )
     return {
-        "command": "python -m " + " ".join([_module_name(), *sys.argv[1:]]),
+        "command": "python -m " + _module_name(),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "devices": [device.device_kind for device in jax.devices()],
         "commit": described.stdout.strip() or os.environ.get("COMMIT", "unknown"),
