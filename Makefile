@@ -7,7 +7,7 @@
 # JAX      the version to install                            make test JAX=0.12.0
 # EXTRAS   further extras, with a GPU cuda12 or cuda13       make test EXTRAS=cuda13
 # CUDACXX, CUDAARCHS, CMAKE_BUILD_PARALLEL_LEVEL: see CMakeLists.txt
-PYTHON ?= python3
+PYTHON ?= $(shell command -v python3.12 || command -v python3)
 JAX ?= 0.11.2
 EXTRAS ?= examples,test
 BIN := .venv/bin

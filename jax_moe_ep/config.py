@@ -70,7 +70,7 @@ class EpConfig:
         _check_choice("empty_groups", self.empty_groups, get_args(EmptyGroups))
         _check_choice("tail", self.tail, get_args(Tail))
         _check_choice("implementation", self.implementation, get_args(Implementation))
-        if self.distinct_experts not in (True, False):
+        if type(self.distinct_experts) is not bool:
             raise TypeError(f"distinct_experts must be a bool, got {self.distinct_experts!r}")
         if self.num_sms is not None:
             _check_int("num_sms", self.num_sms, 1)
