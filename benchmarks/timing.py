@@ -79,7 +79,7 @@ def environment() -> dict[str, Any]:
         ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
     )
     return {
-        "command": "python -m " + _module_name(),
+        "command": " ".join(["python -m", _module_name(), *_arguments()]),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "devices": [device.device_kind for device in jax.devices()],
         "commit": described.stdout.strip() or os.environ.get("COMMIT", "unknown"),
@@ -90,6 +90,15 @@ def environment() -> dict[str, Any]:
 def _module_name() -> str:
     spec = sys.modules["__main__"].__spec__
     return spec.name if spec else pathlib.Path(sys.argv[0]).stem
+
+
+def _arguments() -> list[str]:
+    """The command line but for where results go, which does not change them."""
+    arguments = sys.argv[1:]
+    if "--out" in arguments:
+        place = arguments.index("--out")
+        del arguments[place : place + 2]
+    return arguments
 
 
 def save(name: str, rows: list[dict[str, Any]], folder: pathlib.Path = RESULTS) -> pathlib.Path:

@@ -10,8 +10,8 @@ import oracle
 import pytest
 from helpers import (
     CASES,
-    DEVICES,
     MAKERS,
+    ON_GPUS,
     Case,
     assert_bitwise_equal,
     make_ids,
@@ -20,7 +20,7 @@ from helpers import (
 
 from jax_moe_ep import cuda
 
-pytestmark = pytest.mark.skipif(DEVICES[0].platform != "gpu", reason="needs a CUDA GPU")
+pytestmark = pytest.mark.skipif(not ON_GPUS, reason="needs a CUDA GPU")
 
 LARGE = {
     "deepseek": Case(T=512, K=8, E=256, R=2, A=128),
