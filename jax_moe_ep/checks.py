@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
@@ -18,19 +19,80 @@ def num_ranks(op: str, config: Any) -> int:
     except NameError as error:
         raise ValueError(
             f"jax_moe_ep.{op}: axis {config.axis_name!r} is not bound here ({error}). Call it "
-            "inside jax.shard_map over a mesh that has this axis"
+            "inside jax.shard_map over a mesh that has this axis, or use axis_name=() for one rank"
         ) from error
 
 
-def check_ids(topk_idx: Any, config: EpConfig, num_ranks: int) -> None:
+def check_ids(op: str, topk_idx: Any) -> None:
     shape, dtype = jnp.shape(topk_idx), jnp.result_type(topk_idx)
     if dtype not in (jnp.int32, jnp.int64):
-        raise TypeError(f"jax_moe_ep.plan: topk_idx must be int32 or int64, got {dtype}")
+        raise TypeError(
+            f"jax_moe_ep.{op}: topk_idx must be int32 or int64, got {dtype}. dense_to_topk makes "
+            "ids of a bool map"
+        )
     if len(shape) != 2 or shape[1] < 1:
         raise ValueError(
-            f"jax_moe_ep.plan: topk_idx must be [T, K] with K >= 1, got shape {shape}. Reshape a "
+            f"jax_moe_ep.{op}: topk_idx must be [T, K] with K >= 1, got shape {shape}. Reshape a "
             "batch [B, S, K] to [B*S, K]"
         )
+
+
+def check_map(op: str, routing_map: Any, num_experts: int | None = None) -> None:
+    shape, dtype = jnp.shape(routing_map), jnp.result_type(routing_map)
+    if dtype != jnp.bool_:
+        raise TypeError(
+            f"jax_moe_ep.{op}: routing_map must be bool, got {dtype}. topk_to_dense makes a "
+            "map of ids"
+        )
+    if len(shape) != 2 or shape[1] < 1 or num_experts not in (None, shape[1]):
+        experts = "E >= 1" if num_experts is None else f"E = {num_experts}"
+        raise ValueError(
+            f"jax_moe_ep.{op}: routing_map must be [T, E] with {experts}, got shape {shape}. "
+            "Reshape a batch [B, S, E] to [B*S, E]"
+        )
+
+
+def check_num_experts(op: str, num_experts: Any) -> None:
+    if type(num_experts) is not int or num_experts < 1:
+        raise ValueError(
+            f"jax_moe_ep.{op}: num_experts must be an int of at least 1, got {num_experts!r}"
+        )
+
+
+def check_top_k(op: str, top_k: Any) -> None:
+    if type(top_k) is not int or top_k < 1:
+        raise ValueError(
+            f"jax_moe_ep.{op}: a routing map needs top_k, an int of at least 1, got {top_k!r}: how "
+            "many experts a token may name, which sizes the arrays"
+        )
+
+
+def check_routing(topk_idx: Any, config: EpConfig, top_k: Any) -> None:
+    """Ids, or a routing map together with top_k."""
+    if jnp.result_type(topk_idx) == jnp.bool_:
+        check_map("plan", topk_idx, config.num_experts)
+        check_top_k("plan", top_k)
+        return
+    check_ids("plan", topk_idx)
+    if top_k is not None:
+        raise ValueError(
+            f"jax_moe_ep.plan: top_k={top_k!r} is given, but topk_idx "
+            f"{jnp.result_type(topk_idx)}{list(jnp.shape(topk_idx))} has its own K. Leave top_k "
+            "out; it belongs to a bool routing map"
+        )
+
+
+def check_floats(op: str, name: str, values: Any, like: str, shape: tuple[int, ...]) -> None:
+    if not jnp.issubdtype(jnp.result_type(values), jnp.floating):
+        raise TypeError(f"jax_moe_ep.{op}: {name} must be floating, got {jnp.result_type(values)}")
+    if jnp.shape(values) != shape:
+        raise ValueError(
+            f"jax_moe_ep.{op}: {name} must have the shape of {like}, {shape}, got "
+            f"{jnp.shape(values)}"
+        )
+
+
+def check_sizes(shape: tuple[int, ...], config: EpConfig, num_ranks: int) -> None:
     if config.num_experts % num_ranks:
         raise ValueError(
             f"jax_moe_ep.plan: num_experts={config.num_experts} is not a multiple of the "
@@ -52,7 +114,8 @@ def check_ids(topk_idx: Any, config: EpConfig, num_ranks: int) -> None:
         )
 
 
-def check_priority(priority: Any, topk_idx: Array, config: EpConfig) -> None:
+def check_priority(priority: Any, routing: Array, config: EpConfig) -> None:
+    """`routing` is topk_idx [T, K], or a routing map [T, E] whose priority is as large."""
     if config.drop_policy == "position":
         if priority is not None:
             raise ValueError(
@@ -61,16 +124,13 @@ def check_priority(priority: Any, topk_idx: Array, config: EpConfig) -> None:
             )
         return
     if priority is None:
-        raise ValueError("jax_moe_ep.plan: drop_policy='priority' needs priority, [T, K] floating")
-    if not jnp.issubdtype(jnp.result_type(priority), jnp.floating):
-        raise TypeError(
-            f"jax_moe_ep.plan: priority must be floating, got {jnp.result_type(priority)}"
-        )
-    if jnp.shape(priority) != topk_idx.shape:
         raise ValueError(
-            f"jax_moe_ep.plan: priority must have the shape of topk_idx, {topk_idx.shape}, got "
-            f"{jnp.shape(priority)}"
+            "jax_moe_ep.plan: drop_policy='priority' needs priority, [T, K] floating, or [T, E] "
+            "with a routing map"
         )
+    is_map = jnp.result_type(routing) == jnp.bool_
+    like = "routing_map" if is_map else "topk_idx"
+    check_floats("plan", "priority", priority, like, jnp.shape(routing))
 
 
 def check_plan(op: str, plan: Any) -> None:
@@ -91,6 +151,37 @@ def check_first_size(op: str, name: str, x: Any, size: int, letter: str) -> None
             f"jax_moe_ep.{op}: {name} must be [{letter}, ...] with {letter} = {size} as in the "
             f"plan, got shape {shape}"
         )
+
+
+def check_no_group(op: str, plan: Any) -> None:
+    if isinstance(plan, Plan) and plan.config.axes:
+        raise ValueError(
+            f"jax_moe_ep.{op}: the plan must be that of permute, whose group is one rank without a "
+            f"mesh axis, got the plan of axis {plan.config.axis_name!r}. Use combine"
+        )
+
+
+def check_leaves(op: str, x: Any, size: int, letter: str, like: str) -> None:
+    for leaf in jax.tree.leaves(x):
+        shape = jnp.shape(leaf)
+        if not shape or shape[0] != size:
+            raise ValueError(
+                f"jax_moe_ep.{op}: every leaf of x must be [{letter}, ...] with {letter} = {size} "
+                f"as in {like}, got shape {shape}"
+            )
+
+
+def check_chunks(chunk_sizes: Any, order: Any) -> None:
+    shape = jnp.shape(chunk_sizes)
+    for name, values in (("chunk_sizes", chunk_sizes), ("order", order)):
+        dtype = jnp.result_type(values)
+        if dtype not in (jnp.int32, jnp.int64):
+            raise TypeError(f"jax_moe_ep.sort_chunks: {name} must be int32 or int64, got {dtype}")
+        if len(shape) != 1 or shape[0] < 1 or jnp.shape(values) != shape:
+            raise ValueError(
+                "jax_moe_ep.sort_chunks: chunk_sizes and order must be [M] with M >= 1, got shapes "
+                f"{shape} and {jnp.shape(order)}. Flatten sizes [R, L] with reshape(-1)"
+            )
 
 
 def check_weights(op: str, topk_weights: Any, plan: Plan) -> None:

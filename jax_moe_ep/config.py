@@ -23,7 +23,7 @@ class EpConfig:
       num_experts: E, the number of experts of the group. A multiple of the number of ranks R;
         expert e lives on rank e // (E / R).
       axis_name: the mesh axis of the group, or a tuple of axes whose ranks count in row-major
-        order of the tuple.
+        order of the tuple. () for no group: one rank, usable outside shard_map.
       alignment: A. Every group of rows starts at a multiple of A and is padded to one.
       capacity: C, the rows of the receive buffer. None: the worst case, nothing is ever dropped.
         An int: C as it stands. A float f: room for f*T*K live rows with the worst padding, at most
@@ -184,8 +184,9 @@ def _normal_axis_name(value: Any) -> str | tuple[str, ...]:
         return value
     if isinstance(value, (tuple, list)):
         names = tuple(cast("Sequence[object]", value))
-        if names and all(isinstance(name, str) for name in names) and len(set(names)) == len(names):
+        if all(isinstance(name, str) for name in names) and len(set(names)) == len(names):
             return cast("tuple[str, ...]", names)
     raise TypeError(
-        f"axis_name must be a mesh axis name or a tuple of different ones, got {value!r}"
+        f"axis_name must be a mesh axis name or a tuple of different ones, () for one rank, got "
+        f"{value!r}"
     )

@@ -1,6 +1,7 @@
 """The public ops: checks, gradients, names for `jax.checkpoint`, and the choice of implementation.
 
-All of them run inside `jax.shard_map` on one rank's shard. The letters are those of `Plan`.
+All of them run inside `jax.shard_map` on one rank's shard, or anywhere with `axis_name=()`. The
+letters are those of `Plan`.
 """
 
 from collections.abc import Callable
@@ -12,14 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int, Int32, PyTree, Shaped
+from jaxtyping import Array, Bool, Float, Int, Int32, PyTree, Shaped
 
-from jax_moe_ep import cuda, reference
+from jax_moe_ep import cuda, maps, reference
 from jax_moe_ep.checks import (
     check_first_size,
-    check_ids,
     check_plan,
     check_priority,
+    check_routing,
+    check_sizes,
     check_weights,
     num_ranks,
 )
@@ -29,10 +31,11 @@ from jax_moe_ep.varying import vary, varying_axes
 
 
 def plan(
-    topk_idx: Int[Array, "T K"],
+    topk_idx: Int[Array, "T K"] | Bool[Array, "T E"],
     config: EpConfig,
     *,
-    priority: Float[Array, "T K"] | None = None,
+    priority: Float[Array, "T KE"] | None = None,
+    top_k: int | None = None,
 ) -> Plan:
     """Decides the receive row of every assignment of the group.
 
@@ -42,10 +45,13 @@ def plan(
 
     Args:
       topk_idx: [T, K] int32 or int64, the experts of my tokens. Ids outside [0, E) are "no
-        expert"; an expert named twice by one token gets two rows.
+        expert"; an expert named twice by one token gets two rows. Or a routing map [T, E] bool,
+        taken as the ids of `dense_to_topk`.
       config: the options of the group.
-      priority: [T, K] floating, needed with drop_policy="priority" and refused without: which
-        rows stay, highest first.
+      priority: floating in the shape of topk_idx, needed with drop_policy="priority" and refused
+        without: which rows stay, highest first.
+      top_k: K, needed with a routing map and refused with ids. A token's experts beyond its first
+        K, by index, are dropped, and counted in num_assignments and num_dropped.
 
     Returns:
       The Plan. Integers only: no gradient flows through it.
@@ -63,8 +69,13 @@ def plan(
       >>> jax.shard_map(counts, mesh=mesh, in_specs=P(), out_specs=P("expert"))(ids)
       Array([1, 0, 2, 0], dtype=int32)
     """
-    check_ids(topk_idx, config, num_ranks("plan", config))
+    size = num_ranks("plan", config)
+    check_routing(topk_idx, config, top_k)
     check_priority(priority, topk_idx, config)
+    cut = None
+    if top_k is not None:
+        topk_idx, priority, cut = maps.assignments_of_map(topk_idx, priority, top_k)
+    check_sizes(topk_idx.shape, config, size)
     is_expert = (topk_idx >= 0) & (topk_idx < config.num_experts)
     ids = jnp.where(is_expert, topk_idx, -1).astype(jnp.int32)
     if priority is not None:
@@ -72,6 +83,8 @@ def plan(
     ids, priority = vary((ids, priority), config.axes)
     run = reference.plan if ids.shape[0] == 0 else _implementation("plan", config)
     result = run(ids, priority, config=config)
+    if cut is not None:
+        result = maps.count_cut(result, cut)
     return jax.tree.map(lambda leaf: checkpoint_name(leaf, "ep_plan"), result)
 
 

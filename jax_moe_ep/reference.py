@@ -1,8 +1,8 @@
 """The definition of every op in plain JAX. Runs anywhere; short rather than fast.
 
-Each function runs inside shard_map on one rank's shard. `ids` are clean here: int32, -1 for
-"no expert". The letters are those of `Plan`; G = R*T tokens and G*K assignments in the group,
-in the order (source rank, token, k).
+Each function runs inside shard_map on one rank's shard, or anywhere for a group without axes. `ids`
+are clean here: int32, -1 for "no expert". The letters are those of `Plan`; G = R*T tokens and G*K
+assignments in the group, in the order (source rank, token, k).
 """
 
 import jax
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Float32, Int32, PyTree, Shaped
 
+from jax_moe_ep.bits import bits_dtype
 from jax_moe_ep.config import EpConfig
 from jax_moe_ep.plan import Plan
 
@@ -82,7 +83,7 @@ def dispatch(x: PyTree[Shaped[Array, "T ..."]], plan: Plan) -> PyTree[Shaped[Arr
     is_tail = jnp.arange(plan.capacity) >= plan.group_sizes.sum()
 
     def move(x: Shaped[Array, "T ..."]) -> Shaped[Array, "C ..."]:
-        bits = lax.bitcast_convert_type(x, _bits_dtype(x.dtype))
+        bits = lax.bitcast_convert_type(x, bits_dtype(x.dtype))
         tokens = _gather(bits, plan.config).reshape(-1, *x.shape[1:])[source // plan.top_k]
         rows = jnp.where(_column(source >= 0, x), tokens, jnp.zeros((), bits.dtype))
         if plan.config.tail == "undefined":
@@ -100,13 +101,13 @@ def combine(
     scaled = y.astype(jnp.float32)
     if weights is not None:
         scaled *= _column(row_weights(weights.astype(jnp.float32), plan), y)
-    partial = _sum_in_order(scaled, plan.slots.T).astype(y.dtype)  # [G, ...]
+    partial = _rounded(_sum_in_order(scaled, plan.slots.T), y.dtype)  # [G, ...]
     # On the token's rank: the sum over the ranks that own one of its rows.
     landed = _send_back(partial, plan).astype(jnp.float32)  # [R, T, ...]
     ranks = jnp.arange(plan.num_ranks, dtype=jnp.int32)[:, None, None]
     position = jnp.arange(plan.num_ranks * plan.num_tokens).reshape(plan.num_ranks, -1)
     senders = jnp.where((plan.owners == ranks).any(-1), position, -1)  # [R, T]
-    out = _sum_in_order(landed.reshape(-1, *y.shape[1:]), senders).astype(y.dtype)
+    out = _rounded(_sum_in_order(landed.reshape(-1, *y.shape[1:]), senders), y.dtype)
     return jnp.where(out == 0, 0, out)  # +0, which the compiler's own idea of +0 + -0 may not be
 
 
@@ -123,7 +124,7 @@ def combine_backward(
     weight = row_weights(weights.astype(jnp.float32), plan)
     dots = (dout_rows * y.astype(jnp.float32)).sum(range(1, y.ndim))
     dw = row_weights_backward(dots, plan).astype(weights.dtype)
-    return (_column(weight, y) * dout_rows).astype(y.dtype), dw
+    return _rounded(_column(weight, y) * dout_rows, y.dtype), dw
 
 
 def row_weights(weights: Float[Array, "T K"], plan: Plan) -> Float[Array, "C"]:
@@ -138,12 +139,16 @@ def row_weights_backward(drow: Float[Array, "C"], plan: Plan) -> Float[Array, "T
 
 
 def _gather(x: Shaped[Array, "T ..."], config: EpConfig) -> Shaped[Array, "R T ..."]:
+    if not config.axes:
+        return x[None]  # one rank outside of any mesh
     return lax.all_gather(x, config.axis_name)
 
 
 def _send_back(x: Shaped[Array, "G ..."], plan: Plan) -> Shaped[Array, "R T ..."]:
     """Returns every rank's entries for my tokens, by rank."""
     x = x.reshape(plan.num_ranks, plan.num_tokens, *x.shape[1:])
+    if not plan.config.axes:
+        return x
     return lax.all_to_all(x, plan.config.axis_name, split_axis=0, concat_axis=0)
 
 
@@ -192,15 +197,13 @@ def _sum_in_order(
     return lax.scan(add, zero, index)[0]
 
 
+def _rounded(x: Float32[Array, "..."], dtype: jnp.dtype) -> Float[Array, "..."]:
+    """x in the dtype, also where the compiler could keep the bits beyond it for the next op."""
+    return lax.optimization_barrier(x.astype(dtype))
+
+
 def _column(values: Shaped[Array, "N"], like: jax.Array) -> Shaped[Array, "N ..."]:
     return values.reshape(-1, *[1] * (like.ndim - 1))
-
-
-def _bits_dtype(dtype: jnp.dtype) -> jnp.dtype:
-    """An unsigned integer of the same width: platforms without a float type compute in a wider one,
-    and the way there and back would change some bits of NaN."""
-    is_float = jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits % 8 == 0
-    return jnp.dtype(f"uint{8 * dtype.itemsize}") if is_float else dtype
 
 
 def _poison(dtype: jnp.dtype) -> Shaped[Array, ""]:

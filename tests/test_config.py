@@ -124,8 +124,8 @@ INVALID = [
     ({"num_experts": 2**31}, ValueError, "num_experts must be between 1 and"),
     ({"num_experts": 8.0}, TypeError, "num_experts must be an int, got 8.0"),
     ({"num_experts": True}, TypeError, "num_experts must be an int, got True"),
-    ({"axis_name": ()}, TypeError, "axis_name must be a mesh axis name or a tuple of different"),
-    ({"axis_name": ("a", "a")}, TypeError, "different ones, got ('a', 'a')"),
+    ({"axis_name": None}, TypeError, "axis_name must be a mesh axis name or a tuple of different"),
+    ({"axis_name": ("a", "a")}, TypeError, "different ones, () for one rank, got ('a', 'a')"),
     ({"axis_name": 3}, TypeError, "got 3"),
     ({"axis_name": ("a", 3)}, TypeError, "got ('a', 3)"),
     ({"alignment": 0}, ValueError, "alignment must be between 1"),
@@ -177,6 +177,7 @@ def test_frozen_hashable_equal_and_picklable():
     assert pickle.loads(pickle.dumps(config)) == config
     assert config.axes == ("a", "b")
     assert ep.EpConfig(8, "a").axes == ("a",)
+    assert ep.EpConfig(8, []).axis_name == ep.EpConfig(8, ()).axes == ()
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.alignment = 8
 

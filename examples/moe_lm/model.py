@@ -23,7 +23,7 @@ class ExpertParam(nnx.Param):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Routing:
+class Load:
     """What the MoE layers tell about a batch; [layers] first where all layers are together.
 
     Attributes:
@@ -47,32 +47,23 @@ class MoE(nnx.Module):
         self.router = nnx.Linear(hidden, experts, use_bias=False, precision="highest", rngs=rngs)
         self.w_gate_up = ExpertParam(init(rngs.params(), (experts, hidden, 2 * inner)))
         self.w_down = ExpertParam(init(rngs.params(), (experts, inner, hidden)))
-        self.top_k, self.mesh = config.top_k, mesh
+        # Normalized weights of one expert would all be 1.
+        self.router_config = ep.RouterConfig(config.top_k, normalize=config.top_k > 1)
         self.config = ep.EpConfig(experts, EXPERT_AXIS, implementation=config.implementation)
+        self.mesh = mesh
 
-    def __call__(self, x: jax.Array, shuffle_key: jax.Array | None) -> tuple[jax.Array, Routing]:
-        probs = jax.nn.softmax(self.router(x.astype(jnp.float32)))  # [B, S, E]
-        topk_weights, topk_idx = jax.lax.top_k(probs, self.top_k)
-        topk_weights /= topk_weights.sum(-1, keepdims=True)
+    def __call__(self, x: jax.Array, shuffle_key: jax.Array | None) -> tuple[jax.Array, Load]:
+        routing = ep.route(self.router(x.astype(jnp.float32)), self.router_config)  # of [B, S]
+        topk_idx = routing.topk_idx
         if shuffle_key is not None:
-            flat = topk_idx.reshape(-1, self.top_k)
+            flat = topk_idx.reshape(-1, topk_idx.shape[-1])
             topk_idx = jax.random.permutation(shuffle_key, flat).reshape(topk_idx.shape)
         weights = (self.w_gate_up[...].astype(x.dtype), self.w_down[...].astype(x.dtype))
         y, stats = ep.moe_mlp(
-            x, topk_idx, topk_weights, *weights, mesh=self.mesh, config=self.config
+            x, topk_idx, routing.topk_weights, *weights, mesh=self.mesh, config=self.config
         )
-        balance = load_balance_loss(probs, stats.expert_counts)
-        return y, Routing(balance, stats.expert_counts, stats.num_dropped)
-
-
-def load_balance_loss(probs: jax.Array, expert_counts: jax.Array) -> jax.Array:
-    """E * sum over e of (share of assignments e got) * (mean probability of e).
-
-    Equations 4 to 6 of Fedus, Zoph and Shazeer, "Switch Transformers", JMLR 2022, without the
-    factor alpha. The share has no gradient; the probabilities have.
-    """
-    shares = expert_counts / expert_counts.sum()
-    return probs.shape[-1] * (shares * probs.mean(range(probs.ndim - 1))).sum()
+        balance = ep.load_balance_loss(routing)
+        return y, Load(balance, stats.expert_counts, stats.num_dropped)
 
 
 class Attention(nnx.Module):
@@ -102,10 +93,10 @@ class Block(nnx.Module):
         self.moe_norm = nnx.RMSNorm(config.width, dtype=dtype, rngs=rngs)
         self.moe = MoE(config, mesh, rngs)
 
-    def __call__(self, x: jax.Array, shuffle_key: jax.Array | None) -> tuple[jax.Array, Routing]:
+    def __call__(self, x: jax.Array, shuffle_key: jax.Array | None) -> tuple[jax.Array, Load]:
         x = x + self.attention(self.attention_norm(x))
-        y, routing = self.moe(self.moe_norm(x), shuffle_key)
-        return x + y, routing
+        y, load = self.moe(self.moe_norm(x), shuffle_key)
+        return x + y, load
 
 
 class MoeLM(nnx.Module):
@@ -122,19 +113,19 @@ class MoeLM(nnx.Module):
 
     def __call__(
         self, tokens: jax.Array, *, shuffle_key: jax.Array | None = None
-    ) -> tuple[jax.Array, Routing]:
-        """float32 logits and the routing of all layers.
+    ) -> tuple[jax.Array, Load]:
+        """float32 logits and the load of all layers.
 
         shuffle_key: an evaluation option. Every layer's expert choices are permuted across the
         tokens of the batch: the experts are as busy as before, but with tokens not meant for them.
         """
         x = self.byte_embed(tokens.astype(jnp.int32))
         x += self.position_embed(jnp.arange(tokens.shape[1]))
-        routings = []
+        loads = []
         for i, block in enumerate(self.blocks):
             x = jax.lax.with_sharding_constraint(x, self.tokens)
             key = None if shuffle_key is None else jax.random.fold_in(shuffle_key, i)
-            x, routing = block(x, key)
-            routings.append(routing)
+            x, load = block(x, key)
+            loads.append(load)
         logits = self.head(self.norm(x)).astype(jnp.float32)
-        return logits, jax.tree.map(lambda *each: jnp.stack(each), *routings)
+        return logits, jax.tree.map(lambda *each: jnp.stack(each), *loads)

@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from moe_lm.config import ModelConfig, TrainConfig
-from moe_lm.model import EXPERT_AXIS, TOKEN_AXES, ExpertParam, MoeLM, Routing
+from moe_lm.model import EXPERT_AXIS, TOKEN_AXES, ExpertParam, Load, MoeLM
 
 
 @jax.tree_util.register_dataclass
@@ -31,8 +31,8 @@ class Program:
       abstract_state: shapes, dtypes and shardings of a State, for restoring a checkpoint.
       windows: the sharding of a batch of windows [B, S + 1].
       init: () -> State.
-      step: (State, windows) -> (State, loss, Routing); the State given is donated.
-      evaluate: (params, windows, shuffle key or None) -> (loss, Routing).
+      step: (State, windows) -> (State, loss, Load); the State given is donated.
+      evaluate: (params, windows, shuffle key or None) -> (loss, Load).
       sample: (params, tokens [B, S], length of the prompt, key) -> tokens [B, S].
     """
 
@@ -53,6 +53,11 @@ def make_mesh(num_ep: int | None, num_dp: int | None) -> Mesh:
         raise ValueError(
             f"ep={num_ep} times dp={num_dp} needs {num_ep * num_dp} devices, there are "
             f"{num_devices}"
+        )
+    if jax.process_count() > 1 and num_ep * num_dp < num_devices:
+        raise ValueError(
+            f"ep={num_ep} times dp={num_dp} leaves devices of some of the {jax.process_count()} "
+            f"processes out: all {num_devices} must take part. Start fewer processes"
         )
     devices = jax.devices()[: num_ep * num_dp]
     auto = (AxisType.Auto, AxisType.Auto)
@@ -96,22 +101,22 @@ def make_functions(
 
     def evaluate(
         params: nnx.State, windows: jax.Array, shuffle_key: jax.Array | None = None
-    ) -> tuple[jax.Array, Routing]:
+    ) -> tuple[jax.Array, Load]:
         model = nnx.merge(graph, params)
-        logits, routing = model(windows[:, :-1], shuffle_key=shuffle_key)
+        logits, load = model(windows[:, :-1], shuffle_key=shuffle_key)
         targets = windows[:, 1:].astype(jnp.int32)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean(), routing
+        return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean(), load
 
     def objective(
         params: nnx.State, windows: jax.Array
-    ) -> tuple[jax.Array, tuple[jax.Array, Routing]]:
-        loss, routing = evaluate(params, windows)
-        return loss + config.balance * routing.balance.mean(), (loss, routing)
+    ) -> tuple[jax.Array, tuple[jax.Array, Load]]:
+        loss, load = evaluate(params, windows)
+        return loss + config.balance * load.balance.mean(), (loss, load)
 
-    def step(state: State, windows: jax.Array) -> tuple[State, jax.Array, Routing]:
-        grads, (loss, routing) = jax.grad(objective, has_aux=True)(state.params, windows)
+    def step(state: State, windows: jax.Array) -> tuple[State, jax.Array, Load]:
+        grads, (loss, load) = jax.grad(objective, has_aux=True)(state.params, windows)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        return State(optax.apply_updates(state.params, updates), opt_state), loss, routing
+        return State(optax.apply_updates(state.params, updates), opt_state), loss, load
 
     def sample(
         params: nnx.State, tokens: jax.Array, num_prompt: jax.Array, key: jax.Array
