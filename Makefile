@@ -1,7 +1,9 @@
-# make demo    train a small Mixture-of-Experts language model on 8 virtual CPU devices
-# make test    run the tests
-# make lint    check formatting, style and types; make format applies what can be applied
-# make wheel   build a wheel in dist/
+# make demo       train a small Mixture-of-Experts language model on 8 virtual CPU devices
+# make test       run the tests
+# make test-gpu   run them on all GPUs of this machine, by every path of the kernels, in one process
+#                 and in one per GPU, with failures and a stress run
+# make lint       check formatting, style and types; make format applies what can be applied
+# make wheel      build a wheel in dist/
 #
 # PYTHON   the interpreter of .venv                          make test PYTHON=python3.13
 # JAX      the version to install                            make test JAX=0.12.0
@@ -16,13 +18,32 @@ SOURCES := $(wildcard ffi/*.h ffi/*.cuh ffi/*.cc ffi/*.cu)
 PACKAGE_FOLDERS := jax_moe_ep $(patsubst %/__init__.py,%,$(wildcard jax_moe_ep/*/__init__.py))
 PYTHON_SOURCES := jax_moe_ep tests examples benchmarks
 
-.PHONY: demo test lint format wheel clean
+NUM_GPUS = $(shell nvidia-smi -L | wc -l)
+PER_GPU = $(BIN)/python tests/launch.py --num-processes $(NUM_GPUS) --timeout 1800 --
+# The tests that run in any number of processes, once for every implementation.
+SEMANTIC_TESTS := $(patsubst %,tests/test_%.py,plan dispatch combine drops gradients properties)
+KERNEL_TESTS := $(SEMANTIC_TESTS) tests/test_one_rank.py tests/test_group.py
+
+.PHONY: demo test test-gpu lint format wheel clean
 
 demo: .venv/installed
 	$(BIN)/python examples/03_flax_moe_lm.py --small
 
 test: .venv/installed
 	$(BIN)/python -m pytest
+
+# Tests start processes of their own, which need memory too.
+test-gpu: export JAX_MOE_EP_REQUIRE_GPUS = $(NUM_GPUS)
+test-gpu: export XLA_PYTHON_CLIENT_PREALLOCATE = false
+test-gpu: .venv/installed
+	@test $(NUM_GPUS) -gt 0 || { echo "make test-gpu: nvidia-smi finds no GPU" >&2; exit 1; }
+	$(BIN)/python -m pytest
+	JAX_MOE_EP_FORCE_VECTOR=1 $(BIN)/python -m pytest $(KERNEL_TESTS) -k "cuda or group"
+	JAX_MOE_EP_FORCE_STAGED=1 $(BIN)/python -m pytest $(KERNEL_TESTS) -k "cuda or group"
+	$(PER_GPU) -m pytest $(SEMANTIC_TESTS) -k cuda
+	$(PER_GPU) -m pytest tests/test_group.py
+	$(BIN)/python tests/stress.py
+	$(PER_GPU) tests/stress.py
 
 lint: .venv/linters
 	$(BIN)/ruff format --check $(PYTHON_SOURCES)

@@ -4,6 +4,7 @@
     python examples/03_flax_moe_lm.py --dtype bfloat16     # all GPUs of the machine
     python examples/03_flax_moe_lm.py --files a.txt b.txt --out out/mine
     python examples/03_flax_moe_lm.py --files a.txt b.txt --out out/mine --resume
+    python examples/multiprocess/run.py --num-processes 8 examples/03_flax_moe_lm.py
 
 The text is the standard library of the Python that runs this, or the files given; a tenth of it is
 held out and never trained on. OUT gets summary.json, loss.png, expert_load.png and checkpoints.
@@ -14,7 +15,6 @@ import dataclasses
 from pathlib import Path
 from typing import Annotated
 
-import jax
 import typer
 from moe_lm.config import (
     SMALL_MODEL,
@@ -25,6 +25,7 @@ from moe_lm.config import (
     RunConfig,
     TrainConfig,
 )
+from moe_lm.processes import join
 from moe_lm.train import Run
 from rich.console import Console
 from rich.table import Table
@@ -59,9 +60,8 @@ def main(
     model = override(SMALL_MODEL if small else ModelConfig(), given)
     train = override(SMALL_TRAIN if small else TrainConfig(), given)
     run = RunConfig(out, (*(files or ()), *(more or ())), ep, dp, save_every, stop_at, resume)
-    # Before JAX is used. No effect where there are GPUs.
-    jax.config.update("jax_num_cpu_devices", ep * dp if ep and dp else NUM_CPU_DEVICES)
-    console = Console()
+    is_first = join(ep * dp if ep and dp else NUM_CPU_DEVICES)
+    console = Console(quiet=not is_first)
     summary = Run(model, train, run, console).go()
     if summary is not None:
         console.print(result_table(summary))

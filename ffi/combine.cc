@@ -9,23 +9,6 @@ namespace {
 constexpr char kCombine[] = "jax_moe_ep_combine";
 constexpr char kBackward[] = "jax_moe_ep_combine_backward";
 
-ffi::Error GetFloatType(const char* op, const ffi::AnyBuffer& y, FloatType* type) {
-  switch (y.element_type()) {
-    case ffi::F32:
-      *type = FloatType::kF32;
-      return ffi::Error::Success();
-    case ffi::F16:
-      *type = FloatType::kF16;
-      return ffi::Error::Success();
-    case ffi::BF16:
-      *type = FloatType::kBF16;
-      return ffi::Error::Success();
-    default:
-      return ffi::Error::InvalidArgument(std::string(op) +
-                                         ": y must be float32, float16 or bfloat16");
-  }
-}
-
 ffi::Error CombineInitializeImpl() { return ToFfiError(kCombine, LoadCombine()); }
 
 // weights is [T, K], or [0, K] for a plain sum.

@@ -1,20 +1,18 @@
 #include <algorithm>
 
 #include "combine.h"
+#include "combine_rows.cuh"
 #include "rows.cuh"
-#include "vec.cuh"
 
 namespace jax_moe_ep {
 namespace {
 
 constexpr int kCombineThreads = 128;
 constexpr int kCombineBlocksPerSm = 6;  // resident at once: 80 registers a thread
-constexpr int kRowsInFlight = 8;        // 16-byte loads of a thread before it adds
 
 constexpr int kBackwardThreads = 256;
 constexpr int kBackwardWarps = kBackwardThreads / kWarpSize;
 constexpr int kBackwardBlocksPerSm = 8;
-constexpr int kWeightsAtOnce = 8;  // dot products of a thread
 
 template <typename T>
 struct CombineParams {
@@ -36,35 +34,6 @@ struct CombineBackwardParams {
   int64_t hidden;        // H
 };
 
-// The sum over k of one vector of a token. The rows of kRowsInFlight k are loaded at once and added
-// in order; the intrinsics keep product and sum from becoming one fused multiply-add.
-template <typename T>
-__device__ void SumRows(const CombineParams<T>& p,
-                        int64_t token,
-                        int64_t index,
-                        float (&sums)[Vec<T>::kSize]) {
-  const int32_t* slots = p.plan.slots + token * p.plan.top_k;
-  const float* weights = p.weights ? p.weights + token * p.plan.top_k : nullptr;
-  for (int first = 0; first < p.plan.top_k; first += kRowsInFlight) {
-    int32_t rows[kRowsInFlight];
-    Vec<T> values[kRowsInFlight];
-#pragma unroll
-    for (int i = 0; i < kRowsInFlight; ++i) {
-      rows[i] = first + i < p.plan.top_k ? slots[first + i] : -1;
-      if (rows[i] >= 0) values[i] = Vec<T>::Load(p.y + rows[i] * p.hidden, index);
-    }
-#pragma unroll
-    for (int i = 0; i < kRowsInFlight; ++i) {
-      if (rows[i] < 0) continue;
-      float weight = weights ? weights[first + i] : 1.0f;
-#pragma unroll
-      for (int j = 0; j < Vec<T>::kSize; ++j) {
-        sums[j] = __fadd_rn(sums[j], __fmul_rn(weight, values[i].Get(j)));
-      }
-    }
-  }
-}
-
 // Inputs: plan, y, weights; writes all of out. Launch: any number of blocks of kCombineThreads. A
 // thread sums one 16-byte vector of one token at a time.
 //
@@ -80,61 +49,13 @@ __global__ void __launch_bounds__(kCombineThreads, kCombineBlocksPerSm)
     int64_t index = item % tiles * kCombineThreads + threadIdx.x;
     if (index >= vectors) continue;
     float sums[Vec<T>::kSize] = {};
-    SumRows(p, token, index, sums);
+    const float* weights = p.weights ? p.weights + token * p.plan.top_k : nullptr;
+    SumRows(p.y, p.hidden, p.plan.slots + token * p.plan.top_k, weights, p.plan.top_k, index, sums);
     // The token's side adds the rounded partial to +0: it turns -0 into +0.
 #pragma unroll
     for (float& sum : sums) sum = 0.0f + Rounded<T>(sum);
     Vec<T>::Round(sums).Store(p.out + token * p.hidden, index);
   }
-}
-
-// dy of kWeightsAtOnce rows of a token, and the thread's share of their dot products.
-template <typename T>
-__device__ void ScaleAndDot(const CombineBackwardParams<T>& p,
-                            int64_t token,
-                            const int32_t (&rows)[kWeightsAtOnce],
-                            const float (&weights)[kWeightsAtOnce],
-                            float (&dots)[kWeightsAtOnce]) {
-  for (int64_t index = threadIdx.x; index < p.hidden / Vec<T>::kSize; index += kBackwardThreads) {
-    Vec<T> gradient = Vec<T>::Load(p.dout + token * p.hidden, index);
-    Vec<T> values[kWeightsAtOnce];
-#pragma unroll
-    for (int i = 0; i < kWeightsAtOnce; ++i) {
-      if (rows[i] >= 0) values[i] = Vec<T>::Load(p.y + rows[i] * p.hidden, index);
-    }
-#pragma unroll
-    for (int i = 0; i < kWeightsAtOnce; ++i) {
-      if (rows[i] < 0) continue;
-      float scaled[Vec<T>::kSize];
-#pragma unroll
-      for (int j = 0; j < Vec<T>::kSize; ++j) {
-        float g = gradient.Get(j);
-        dots[i] += g * values[i].Get(j);
-        scaled[j] = __fmul_rn(weights[i], g);
-      }
-      Vec<T>::Round(scaled).Store(p.dy + rows[i] * p.hidden, index);
-    }
-  }
-}
-
-// dweights[i] = the sum of dots[i] over the block: lanes by a butterfly, then warps in order.
-__device__ void WriteDots(const float (&dots)[kWeightsAtOnce], float* dweights, int count) {
-  __shared__ float partial[kBackwardWarps][kWeightsAtOnce];
-#pragma unroll
-  for (int i = 0; i < kWeightsAtOnce; ++i) {
-    float sum = dots[i];
-    for (int step = kWarpSize / 2; step > 0; step /= 2) {
-      sum += __shfl_xor_sync(kAllLanes, sum, step);
-    }
-    if (threadIdx.x % kWarpSize == 0) partial[threadIdx.x / kWarpSize][i] = sum;
-  }
-  __syncthreads();
-  if (threadIdx.x < count) {
-    float sum = 0;
-    for (int warp = 0; warp < kBackwardWarps; ++warp) sum += partial[warp][threadIdx.x];
-    dweights[threadIdx.x] = sum;
-  }
-  __syncthreads();
 }
 
 // Inputs: plan, dout, y, weights; writes all of dweights, and dy but for an undefined tail.
@@ -145,19 +66,18 @@ __device__ void WriteDots(const float (&dots)[kWeightsAtOnce], float* dweights, 
 template <typename T>
 __global__ void __launch_bounds__(kBackwardThreads)
     CombineBackwardKernel(const __grid_constant__ CombineBackwardParams<T> p) {
+  const Team<kBackwardThreads> block;
+  __shared__ float partial[kBackwardWarps][kWeightsAtOnce];
   for (int64_t token = blockIdx.x; token < p.plan.num_tokens; token += gridDim.x) {
+    int64_t place = token * p.plan.top_k;
+    const T* dout = p.dout + token * p.hidden;
+    TokenGradients<T> gradients{dout, p.y, p.dy, p.hidden, p.plan.slots + place, p.weights + place};
     for (int first = 0; first < p.plan.top_k; first += kWeightsAtOnce) {
-      int32_t rows[kWeightsAtOnce];
-      float weights[kWeightsAtOnce], dots[kWeightsAtOnce] = {};
-      int64_t place = token * p.plan.top_k + first;
       int count = min(kWeightsAtOnce, p.plan.top_k - first);
-#pragma unroll
-      for (int i = 0; i < kWeightsAtOnce; ++i) {
-        rows[i] = i < count ? p.plan.slots[place + i] : -1;
-        weights[i] = rows[i] >= 0 ? p.weights[place + i] : 0.0f;
-      }
-      ScaleAndDot(p, token, rows, weights, dots);
-      WriteDots(dots, p.dweights + place, count);
+      gradients.ScaleAndDot(block, first, count, partial);
+      float dot = SumOverWarps(block, partial);
+      if (threadIdx.x < count) p.dweights[place + first + threadIdx.x] = dot;
+      block.Sync();
     }
   }
   int64_t worker = (int64_t{blockIdx.x} * kBackwardThreads + threadIdx.x) / kWarpSize;
@@ -166,19 +86,6 @@ __global__ void __launch_bounds__(kBackwardThreads)
                  p.hidden * sizeof(T),
                  worker,
                  int64_t{gridDim.x} * kBackwardWarps);
-}
-
-// Calls use(T{}) with the C++ type.
-template <typename Use>
-auto WithType(FloatType type, Use use) {
-  switch (type) {
-    case FloatType::kF16:
-      return use(__half{});
-    case FloatType::kBF16:
-      return use(__nv_bfloat16{});
-    default:
-      return use(float{});
-  }
 }
 
 template <typename T>
@@ -194,11 +101,7 @@ cudaError_t LoadKernels() {
 }  // namespace
 
 cudaError_t LoadCombine() {
-  for (FloatType type : {FloatType::kF32, FloatType::kF16, FloatType::kBF16}) {
-    cudaError_t status = WithType(type, [](auto zero) { return LoadKernels<decltype(zero)>(); });
-    if (status != cudaSuccess) return status;
-  }
-  return cudaSuccess;
+  return ForEachFloatType([](auto zero) { return LoadKernels<decltype(zero)>(); });
 }
 
 cudaError_t LaunchCombine(const RowsPlan& plan,

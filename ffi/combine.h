@@ -1,8 +1,9 @@
-// combine and its backward: the rows of every token, summed; one rank.
+// combine and its backward: the rows of every token, summed.
 
 #ifndef JAX_MOE_EP_COMBINE_H_
 #define JAX_MOE_EP_COMBINE_H_
 
+#include "layout.h"
 #include "rows.h"
 
 namespace jax_moe_ep {
@@ -35,6 +36,44 @@ cudaError_t LaunchCombineBackward(const RowsPlan& plan,
                                   float* dweights,
                                   int64_t row_bytes,
                                   cudaStream_t stream);
+
+// The same in a group, for the tokens of all ranks. Rows of row_bytes; weights and owners [T, K] of
+// this rank.
+struct CombineArrays {
+  FloatType type;
+  const int32_t* owners;
+  const void* y;         // [C, H]
+  const float* weights;  // or null
+  void* out;             // [T, H]
+  int64_t row_bytes;
+};
+
+struct CombineBackwardArrays {
+  FloatType type;
+  const int32_t* owners;
+  const void* dout;  // [T, H]
+  const void* y;     // [C, H]
+  const float* weights;
+  void* dy;  // [C, H]
+  float* dweights;
+  int64_t row_bytes;
+};
+
+cudaError_t LoadGroupCombine();
+cudaError_t LaunchGroupCombine(const GroupView& group,
+                               const RegionLayout& layout,
+                               const RowsPlan& plan,
+                               const LaunchLimits& limits,
+                               const CombineArrays& arrays,
+                               cudaStream_t stream);
+
+cudaError_t LoadGroupCombineBackward();
+cudaError_t LaunchGroupCombineBackward(const GroupView& group,
+                                       const RegionLayout& layout,
+                                       const RowsPlan& plan,
+                                       const LaunchLimits& limits,
+                                       const CombineBackwardArrays& arrays,
+                                       cudaStream_t stream);
 
 }  // namespace jax_moe_ep
 

@@ -1,12 +1,11 @@
+#include <algorithm>
+
 #include "dispatch.h"
-#include "ptx.cuh"
-#include "rows.cuh"
+#include "dispatch_params.cuh"
 
 namespace jax_moe_ep {
 namespace {
 
-// A work item is a (token, tile): a tile is a part of a row, so that any row length fits.
-//
 // Bulk path: each warp runs its own ring of stages in shared memory. A tile is loaded kPrefetch
 // items ahead; when it has landed, every lane stores it to its own k's row.
 constexpr int kBulkWarps = 4;
@@ -18,36 +17,11 @@ static_assert(kPrefetch < kStages, "the other stages hold stores that are still 
 constexpr int kVectorThreads = 256;
 constexpr int kVectorsPerLane = 4;  // loads in flight
 constexpr int kVectorBlocksPerSm = 8;
-
-struct DispatchParams {
-  RowsPlan plan;
-  const char* x;
-  char* rows;
-  int64_t row_bytes;
-  int tile_bytes;
-  int num_tiles;
-};
-
-// One tile of one token.
-struct Tile {
-  int64_t token, offset;
-  int bytes;
-  __device__ Tile(const DispatchParams& p, int64_t item) {
-    token = item / p.num_tiles;
-    offset = item % p.num_tiles * p.tile_bytes;
-    bytes = static_cast<int>(min(int64_t{p.tile_bytes}, p.row_bytes - offset));
-  }
-};
-
-__device__ bool HasRow(const RowsPlan& plan, int64_t token) {
-  bool has = false;
-  for (int k = threadIdx.x % kWarpSize; k < plan.top_k; k += kWarpSize) {
-    has |= plan.slots[token * plan.top_k + k] >= 0;
-  }
-  return __any_sync(kAllLanes, has);
-}
+constexpr int kGroupVectorThreads = 1024;  // of one block an SM: others stay free
+constexpr int64_t kLead = 256;             // own tokens before the first of a peer
 
 // One warp's ring.
+template <bool kInGroup>
 struct Ring {
   char* stages;           // [kStages, tile_bytes]
   uint64_t* barriers;     // [kStages]
@@ -55,28 +29,31 @@ struct Ring {
   uint32_t loaded = 0;    // a bit a stage: whether its item has a row here
 
   // Starts the load of an item; tokens without rows are not read.
-  __device__ void Load(const DispatchParams& p, int64_t item, int64_t num_items, int stage) {
+  __device__ void Load(const DispatchParams& p,
+                       WarpItems<kInGroup>& items,
+                       int64_t item,
+                       int stage) {
     loaded &= ~(1u << stage);
-    if (item >= num_items) return;
-    Tile tile(p, item);
-    if (!HasRow(p.plan, tile.token)) return;
+    if (item >= NumItems<kInGroup>(p)) return;
+    Tile<kInGroup> tile(p, item);
+    if (!tile.HasRow(p) || !items.IsReady(p, tile.source)) return;
     loaded |= 1u << stage;
     if (threadIdx.x % kWarpSize != 0) return;
     ptx::MbarrierArriveExpectBytes(&barriers[stage], tile.bytes);
     ptx::BulkLoad(stages + int64_t{stage} * p.tile_bytes,
-                  p.x + tile.token * p.row_bytes + tile.offset,
+                  tile.Data(p, items.epoch),
                   tile.bytes,
                   &barriers[stage]);
   }
 
-  // Waits for the item and stores it to its rows, in one group a lane.
+  // Edge 3. Waits for the item and stores it to its rows, in one group a lane.
   __device__ void Store(const DispatchParams& p, int64_t item, int stage) {
     if (loaded >> stage & 1) {
       ptx::MbarrierWait(&barriers[stage], parities >> stage & 1);
       parities ^= 1u << stage;
-      Tile tile(p, item);
+      Tile<kInGroup> tile(p, item);
       for (int k = threadIdx.x % kWarpSize; k < p.plan.top_k; k += kWarpSize) {
-        int64_t row = p.plan.slots[tile.token * p.plan.top_k + k];
+        int64_t row = tile.Slots(p)[k];
         if (row < 0) continue;
         ptx::BulkStore(p.rows + row * p.row_bytes + tile.offset,
                        stages + int64_t{stage} * p.tile_bytes,
@@ -87,20 +64,49 @@ struct Ring {
   }
 };
 
-// Inputs: plan, x; writes rows. Launch: any number of blocks of kBulkWarps warps, with
-// kBulkWarps * kStages + 1 tiles of shared memory. No block waits for another; what is written does
-// not depend on the order of blocks.
+// All items of a warp. Returns how many there were; their rows are written.
+template <bool kInGroup>
+__device__ int64_t MoveItems(const DispatchParams& p,
+                             WarpItems<kInGroup>& items,
+                             Ring<kInGroup>& ring) {
+  int64_t count = 0, num_items = NumItems<kInGroup>(p);
+  int64_t pending[kPrefetch];  // loading, oldest first
+#pragma unroll
+  for (int n = 0; n < kPrefetch; ++n) {
+    pending[n] = items.Next(p);
+    ring.Load(p, items, pending[n], n);
+  }
+  for (int stage = 0; pending[0] < num_items; stage = (stage + 1) % kStages) {
+    ring.Store(p, pending[0], stage);
+    ++count;
+#pragma unroll
+    for (int n = 1; n < kPrefetch; ++n) pending[n - 1] = pending[n];
+    pending[kPrefetch - 1] = items.Next(p);
+    // The stage of the next load was last read by the stores of kStages - kPrefetch items ago.
+    ptx::BulkWaitGroupRead<kStages - kPrefetch>();
+    __syncwarp();
+    ring.Load(p, items, pending[kPrefetch - 1], (stage + kPrefetch) % kStages);
+  }
+  return count;
+}
+
+// Inputs: plan, x of all ranks; writes rows. Launch: any number of blocks of kBulkWarps warps, with
+// kBulkWarps * kStages + 1 tiles of shared memory. What is written does not depend on the order of
+// blocks. In a group the steps are those of protocol.cuh; this rank's x is not written before
+// all peers have read it.
 //
 // Example (T = 2, K = 2, C = 4): slots (2 0) (-1 3), group_counts (1 2), group_sizes (2 2),
 // x = a, b gives rows a 0 a b.
+template <bool kInGroup>
 __global__ void __launch_bounds__(kBulkWarps* kWarpSize, 1)
     DispatchBulkKernel(const __grid_constant__ DispatchParams p) {
 #if __CUDA_ARCH__ >= 900                          // older ones are never launched with it
   extern __shared__ __align__(128) char tiles[];  // zeros, then the rings
   __shared__ uint64_t barriers[kBulkWarps][kStages];
+  __shared__ uint64_t epoch;
   int warp = threadIdx.x / kWarpSize;
   char* stages = tiles + (int64_t{1} + int64_t{warp} * kStages) * p.tile_bytes;
-  Ring ring{stages, barriers[warp]};
+  Ring<kInGroup> ring{stages, barriers[warp]};
 
   if (threadIdx.x % kWarpSize == 0) {
     for (int stage = 0; stage < kStages; ++stage) ptx::MbarrierInit(&barriers[warp][stage], 1);
@@ -108,66 +114,113 @@ __global__ void __launch_bounds__(kBulkWarps* kWarpSize, 1)
   for (int i = threadIdx.x; i < p.tile_bytes / kVecBytes; i += blockDim.x) {
     reinterpret_cast<uint4*>(tiles)[i] = make_uint4(0, 0, 0, 0);
   }
+  if (kInGroup && threadIdx.x == 0) epoch = Begin(p.group, p.num_chunks > 0, p.x);
   ptx::FenceProxyAsyncShared();
   __syncthreads();
 
   // Neighbouring items go to different SMs.
   int64_t worker = int64_t{warp} * gridDim.x + blockIdx.x;
   int64_t num_workers = int64_t{gridDim.x} * kBulkWarps;
-  int64_t num_items = p.plan.num_tokens * p.num_tiles;
-  for (int n = 0; n < kPrefetch; ++n) ring.Load(p, worker + n * num_workers, num_items, n);
-  int stage = 0;
-  for (int64_t item = worker; item < num_items; item += num_workers) {
-    ring.Store(p, item, stage);
-    // The stage of the next load was last read by the stores of kStages - kPrefetch items ago.
-    ptx::BulkWaitGroupRead<kStages - kPrefetch>();
-    __syncwarp();
-    ring.Load(p, item + kPrefetch * num_workers, num_items, (stage + kPrefetch) % kStages);
-    stage = (stage + 1) % kStages;
-  }
-
-  ForEachZeroRow(p.plan, worker, num_workers, [&](int64_t row) {
-    for (int64_t offset = 0; row >= 0 && offset < p.row_bytes; offset += p.tile_bytes) {
-      int64_t left = p.row_bytes - offset;
-      ptx::BulkStore(p.rows + row * p.row_bytes + offset,
-                     tiles,
-                     static_cast<uint32_t>(min(left, int64_t{p.tile_bytes})));
+  WarpItems<kInGroup> items{worker, num_workers};
+  if (!kInGroup || epoch != kAborted) {
+    if constexpr (kInGroup) {
+      items.epoch = epoch;
+      StageX(p, epoch);
     }
-  });
-  ptx::BulkCommitGroup();
-  ptx::BulkWaitAll();
+    int64_t count = MoveItems(p, items, ring);
+    bool is_last = false;
+    if constexpr (kInGroup) {
+      ptx::BulkWaitAll();  // edge 4, for each lane's stores
+      __syncwarp();
+      is_last = CompleteItems(p, epoch, count);
+    }
+    ForEachZeroRow(p.plan, worker, num_workers, [&](int64_t row) {
+      for (int64_t offset = 0; row >= 0 && offset < p.row_bytes; offset += p.tile_bytes) {
+        int64_t left = p.row_bytes - offset;
+        ptx::BulkStore(p.rows + row * p.row_bytes + offset,
+                       tiles,
+                       static_cast<uint32_t>(min(left, int64_t{p.tile_bytes})));
+      }
+    });
+    ptx::BulkCommitGroup();
+    ptx::BulkWaitAll();
+    if (is_last) Finish(p.group, epoch, p.group.is_one_process);
+  }
+  if constexpr (kInGroup) {
+    End(p.group, [&] { PoisonByBlock(p.rows, p.plan.capacity * p.row_bytes); });
+  }
 #endif
 }
 
-// The same with 16-byte loads and stores of a warp, for any device.
-__global__ void __launch_bounds__(kVectorThreads)
-    DispatchVectorKernel(const __grid_constant__ DispatchParams p) {
+// One tile with 16-byte loads and stores of a warp.
+template <bool kInGroup>
+__device__ void MoveTile(const DispatchParams& p,
+                         WarpItems<kInGroup>& items,
+                         const Tile<kInGroup>& tile) {
+  if (!tile.HasRow(p) || !items.IsReady(p, tile.source)) return;
+  __syncwarp();  // lane 0 has acquired for all
   int lane = threadIdx.x % kWarpSize;
-  int64_t num_workers = int64_t{gridDim.x} * (kVectorThreads / kWarpSize);
-  int64_t worker = (int64_t{blockIdx.x} * kVectorThreads + threadIdx.x) / kWarpSize;
-  int64_t num_items = p.plan.num_tokens * p.num_tiles;
-  for (int64_t item = worker; item < num_items; item += num_workers) {
-    Tile tile(p, item);
-    if (!HasRow(p.plan, tile.token)) continue;
-    const uint4* in = reinterpret_cast<const uint4*>(p.x + tile.token * p.row_bytes + tile.offset);
-    uint4 values[kVectorsPerLane];
+  const uint4* in = reinterpret_cast<const uint4*>(tile.Data(p, items.epoch));
+  uint4 values[kVectorsPerLane];
+#pragma unroll
+  for (int i = 0; i < kVectorsPerLane; ++i) {
+    int index = i * kWarpSize + lane;
+    if (index * kVecBytes < tile.bytes) values[i] = in[index];
+  }
+  for (int k = 0; k < p.plan.top_k; ++k) {
+    int64_t row = tile.Slots(p)[k];
+    if (row < 0) continue;
+    uint4* out = reinterpret_cast<uint4*>(p.rows + row * p.row_bytes + tile.offset);
 #pragma unroll
     for (int i = 0; i < kVectorsPerLane; ++i) {
       int index = i * kWarpSize + lane;
-      if (index * kVecBytes < tile.bytes) values[i] = in[index];
-    }
-    for (int k = 0; k < p.plan.top_k; ++k) {
-      int64_t row = p.plan.slots[tile.token * p.plan.top_k + k];
-      if (row < 0) continue;
-      uint4* out = reinterpret_cast<uint4*>(p.rows + row * p.row_bytes + tile.offset);
-#pragma unroll
-      for (int i = 0; i < kVectorsPerLane; ++i) {
-        int index = i * kWarpSize + lane;
-        if (index * kVecBytes < tile.bytes) out[index] = values[i];
-      }
+      if (index * kVecBytes < tile.bytes) out[index] = values[i];
     }
   }
-  ZeroRowsByWarp(p.plan, p.rows, p.row_bytes, worker, num_workers);
+}
+
+// The same for any device. Launch: any number of blocks of whole warps.
+template <bool kInGroup>
+__global__ void __launch_bounds__(kInGroup ? kGroupVectorThreads : kVectorThreads)
+    DispatchVectorKernel(const __grid_constant__ DispatchParams p) {
+  __shared__ uint64_t epoch;
+  int64_t num_workers = int64_t{gridDim.x} * (blockDim.x / kWarpSize);
+  int64_t worker = (int64_t{blockIdx.x} * blockDim.x + threadIdx.x) / kWarpSize;
+  WarpItems<kInGroup> items{worker, num_workers};
+  if constexpr (kInGroup) {
+    if (threadIdx.x == 0) epoch = Begin(p.group, p.num_chunks > 0, p.x);
+    __syncthreads();
+  }
+  if (!kInGroup || epoch != kAborted) {
+    if constexpr (kInGroup) {
+      items.epoch = epoch;
+      StageX(p, epoch);
+    }
+    int64_t count = 0, num_items = NumItems<kInGroup>(p);
+    for (int64_t item; (item = items.Next(p)) < num_items; ++count) {
+      MoveTile(p, items, Tile<kInGroup>(p, item));
+    }
+    bool is_last = false;
+    if constexpr (kInGroup) {
+      __syncwarp();
+      is_last = CompleteItems(p, epoch, count);
+    }
+    __syncwarp();
+    ZeroRowsByWarp(p.plan, p.rows, p.row_bytes, worker, num_workers);
+    if (is_last) Finish(p.group, epoch, p.group.is_one_process);
+  }
+  if constexpr (kInGroup) {
+    End(p.group, [&] { PoisonByBlock(p.rows, p.plan.capacity * p.row_bytes); });
+  }
+}
+
+DispatchParams Params(const RowsPlan& plan, const void* x, void* rows, int64_t row_bytes) {
+  DispatchParams params{};
+  params.plan = plan;
+  params.x = static_cast<const char*>(x);
+  params.rows = static_cast<char*>(rows);
+  params.row_bytes = row_bytes;
+  return params;
 }
 
 // Cuts the rows into tiles of equal size.
@@ -179,20 +232,45 @@ void SetTiles(int64_t max_tile_bytes, DispatchParams* params) {
       static_cast<int>((params->row_bytes + params->tile_bytes - 1) / params->tile_bytes);
 }
 
-}  // namespace
-
-cudaError_t LoadDispatch() {
+template <bool kInGroup>
+cudaError_t LoadKernels(bool has_bulk_copy) {
   cudaFuncAttributes attributes;
-  if (cudaError_t status = cudaFuncGetAttributes(&attributes, DispatchVectorKernel);
+  if (cudaError_t status = cudaFuncGetAttributes(&attributes, DispatchVectorKernel<kInGroup>);
       status != cudaSuccess) {
     return status;
   }
-  LaunchLimits limits;
-  if (cudaError_t status = GetLaunchLimits(1, false, &limits); status != cudaSuccess) return status;
-  if (!limits.has_bulk_copy) return cudaSuccess;
-  return cudaFuncSetAttribute(DispatchBulkKernel,
+  if (!has_bulk_copy) return cudaSuccess;
+  return cudaFuncSetAttribute(DispatchBulkKernel<kInGroup>,
                               cudaFuncAttributeMaxDynamicSharedMemorySize,
                               (kBulkWarps * kStages + 1) * kMaxTileBytes);
+}
+
+// Threads and blocks an SM of the vector path differ in a group.
+template <bool kInGroup>
+cudaError_t Launch(const LaunchLimits& limits, DispatchParams& params, cudaStream_t stream) {
+  if (limits.has_bulk_copy) {
+    SetTiles(kMaxTileBytes, &params);
+    int shared_bytes = (kBulkWarps * kStages + 1) * params.tile_bytes;
+    DispatchBulkKernel<kInGroup>
+        <<<limits.num_sms, kBulkWarps * kWarpSize, shared_bytes, stream>>>(params);
+  } else {
+    SetTiles(kVectorsPerLane * kWarpSize * kVecBytes, &params);
+    int blocks = limits.num_sms * (kInGroup ? 1 : kVectorBlocksPerSm);
+    DispatchVectorKernel<kInGroup>
+        <<<blocks, kInGroup ? kGroupVectorThreads : kVectorThreads, 0, stream>>>(params);
+  }
+  return cudaGetLastError();
+}
+
+}  // namespace
+
+cudaError_t LoadDispatch() {
+  LaunchLimits limits;
+  if (cudaError_t status = GetLaunchLimits(1, false, &limits); status != cudaSuccess) return status;
+  if (cudaError_t status = LoadKernels<false>(limits.has_bulk_copy); status != cudaSuccess) {
+    return status;
+  }
+  return LoadKernels<true>(limits.has_bulk_copy);
 }
 
 cudaError_t LaunchDispatch(const RowsPlan& plan,
@@ -201,18 +279,24 @@ cudaError_t LaunchDispatch(const RowsPlan& plan,
                            void* rows,
                            int64_t row_bytes,
                            cudaStream_t stream) {
-  DispatchParams params{
-      plan, static_cast<const char*>(x), static_cast<char*>(rows), row_bytes, 0, 0};
-  if (limits.has_bulk_copy) {
-    SetTiles(kMaxTileBytes, &params);
-    int shared_bytes = (kBulkWarps * kStages + 1) * params.tile_bytes;
-    DispatchBulkKernel<<<limits.num_sms, kBulkWarps * kWarpSize, shared_bytes, stream>>>(params);
-  } else {
-    SetTiles(kVectorsPerLane * kWarpSize * kVecBytes, &params);
-    DispatchVectorKernel<<<limits.num_sms * kVectorBlocksPerSm, kVectorThreads, 0, stream>>>(
-        params);
-  }
-  return cudaGetLastError();
+  DispatchParams params = Params(plan, x, rows, row_bytes);
+  return Launch<false>(limits, params, stream);
+}
+
+cudaError_t LaunchGroupDispatch(const GroupView& group,
+                                const RegionLayout& layout,
+                                const RowsPlan& plan,
+                                const LaunchLimits& limits,
+                                const void* x,
+                                void* rows,
+                                int64_t row_bytes,
+                                cudaStream_t stream) {
+  DispatchParams params = Params(plan, x, rows, row_bytes);
+  params.group = group;
+  params.order = {plan.num_tokens, std::min(plan.num_tokens, kLead)};
+  params.staging_offset = layout.staging;
+  params.num_chunks = group.is_one_process ? 0 : NumChunks(plan.num_tokens * row_bytes);
+  return Launch<true>(limits, params, stream);
 }
 
 }  // namespace jax_moe_ep

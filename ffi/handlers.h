@@ -1,5 +1,5 @@
-// The FFI handlers that module.cc registers: for each op one that loads its
-// kernels and one that launches them.
+// The FFI handlers that module.cc registers. For each op one that loads its kernels and one that
+// launches them; in a group four stages, the first three for all ops.
 
 #ifndef JAX_MOE_EP_HANDLERS_H_
 #define JAX_MOE_EP_HANDLERS_H_
@@ -19,6 +19,12 @@ XLA_FFI_Error* CombineBackwardFfi(XLA_FFI_CallFrame* call_frame);
 XLA_FFI_Error* RowWeightsInitializeFfi(XLA_FFI_CallFrame* call_frame);
 XLA_FFI_Error* RowWeightsFfi(XLA_FFI_CallFrame* call_frame);
 XLA_FFI_Error* RowWeightsBackwardFfi(XLA_FFI_CallFrame* call_frame);
+XLA_FFI_Error* GroupInstantiateFfi(XLA_FFI_CallFrame* call_frame);
+XLA_FFI_Error* GroupPrepareFfi(XLA_FFI_CallFrame* call_frame);
+XLA_FFI_Error* GroupInitializeFfi(XLA_FFI_CallFrame* call_frame);
+XLA_FFI_Error* GroupDispatchFfi(XLA_FFI_CallFrame* call_frame);
+XLA_FFI_Error* GroupCombineFfi(XLA_FFI_CallFrame* call_frame);
+XLA_FFI_Error* GroupCombineBackwardFfi(XLA_FFI_CallFrame* call_frame);
 }
 
 }  // namespace jax_moe_ep

@@ -2,6 +2,7 @@
 
 #include <cuda_runtime_api.h>
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/map.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
@@ -9,8 +10,11 @@
 #include <string>
 #include <vector>
 
+#include "arena.h"
+#include "call_site.h"
 #include "checks.h"
 #include "handlers.h"
+#include "hog.h"
 #include "plan.h"
 #include "xla/ffi/api/c_api.h"
 #include "xla/ffi/api/collectives_c_api.h"
@@ -35,6 +39,14 @@ nb::dict Stages(XLA_FFI_Handler* initialize, XLA_FFI_Handler* execute) {
   return stages;
 }
 
+// Where the ranks meet, and counters of the call site.
+nb::dict GroupStages(XLA_FFI_Handler* execute) {
+  nb::dict stages = Stages(GroupInitializeFfi, execute);
+  stages["instantiate"] = nb::capsule(reinterpret_cast<void*>(GroupInstantiateFfi));
+  stages["prepare"] = nb::capsule(reinterpret_cast<void*>(GroupPrepareFfi));
+  return stages;
+}
+
 nb::dict Registrations() {
   nb::dict targets;
   targets["jax_moe_ep_plan"] = Stages(PlanInitializeFfi, PlanFfi);
@@ -44,7 +56,21 @@ nb::dict Registrations() {
   targets["jax_moe_ep_row_weights"] = Stages(RowWeightsInitializeFfi, RowWeightsFfi);
   targets["jax_moe_ep_row_weights_backward"] =
       Stages(RowWeightsInitializeFfi, RowWeightsBackwardFfi);
+  targets["jax_moe_ep_group_dispatch"] = GroupStages(GroupDispatchFfi);
+  targets["jax_moe_ep_group_combine"] = GroupStages(GroupCombineFfi);
+  targets["jax_moe_ep_group_combine_backward"] = GroupStages(GroupCombineBackwardFfi);
   return targets;
+}
+
+// The types of states that XLA keeps for the targets; to be registered before them.
+nb::dict StateTypes() {
+  static const XLA_FFI_TypeInfo call_site = ffi::MakeTypeInfo<CallSite>();
+  nb::dict type;
+  type["type_id"] = nb::capsule(reinterpret_cast<void*>(&CallSite::id));
+  type["type_info"] = nb::capsule(reinterpret_cast<const void*>(&call_site));
+  nb::dict types;
+  types["jax_moe_ep_call_site"] = type;
+  return types;
 }
 
 nb::dict BuildInfo() {
@@ -85,6 +111,52 @@ int64_t PlanScratch(int num_ranks,
   return PlanScratchSize({num_ranks, num_experts, assignments_per_rank, by_priority});
 }
 
+constexpr const char* kOpNames[] = {"dispatch", "combine", "combine_backward"};
+
+Op OpOf(const std::string& name) {
+  for (int i = 0; i < 3; ++i) {
+    if (name == kOpNames[i]) return static_cast<Op>(i + 1);
+  }
+  throw std::invalid_argument("no op " + name);
+}
+
+// One half of the regions that a call needs.
+int64_t RegionBytesOf(const std::string& op,
+                      bool is_one_process,
+                      bool has_weights,
+                      int num_ranks,
+                      int64_t num_tokens,
+                      int64_t top_k,
+                      int64_t row_bytes) {
+  return RegionLayout(
+             OpOf(op), is_one_process, has_weights, num_ranks, num_tokens, top_k, row_bytes)
+      .total;
+}
+
+int64_t UsedBytes(int device) {
+  int before = 0;
+  size_t free = 0, total = 0;
+  ThrowIfError(cudaGetDevice(&before));
+  ThrowIfError(cudaSetDevice(device));
+  ThrowIfError(cudaMemGetInfo(&free, &total));
+  ThrowIfError(cudaSetDevice(before));
+  return static_cast<int64_t>(total - free);
+}
+
+void Hog(int device, int num_sms, uint64_t ns) {
+  int before = 0;
+  ThrowIfError(cudaGetDevice(&before));
+  ThrowIfError(cudaSetDevice(device));
+  ThrowIfError(LaunchHog(num_sms, ns));
+  ThrowIfError(cudaSetDevice(before));
+}
+
+nb::dict OpCodes() {
+  nb::dict codes;
+  for (const char* name : kOpNames) codes[name] = static_cast<int64_t>(OpOf(name));
+  return codes;
+}
+
 }  // namespace
 }  // namespace jax_moe_ep
 
@@ -106,4 +178,46 @@ NB_MODULE(_ffi, m) {
         nb::arg("assignments_per_rank"),
         nb::arg("by_priority"),
         "int32 words of scratch of a plan.");
+  m.def("state_types", &StateTypes, "FFI types: name -> type_id, type_info.");
+  m.def("op_codes", &OpCodes, "The ops of a group, by name.");
+  m.def("region_bytes",
+        &RegionBytesOf,
+        nb::kw_only(),
+        nb::arg("op"),
+        nb::arg("is_one_process"),
+        nb::arg("has_weights"),
+        nb::arg("num_ranks"),
+        nb::arg("num_tokens"),
+        nb::arg("top_k"),
+        nb::arg("row_bytes"),
+        "Bytes that a call uses of one half of a region.");
+  m.def("half_bytes", &HalfBytes, nb::arg("bytes"), "The size class of a region's halves.");
+  m.def("arena_bytes", &ArenaBytes, nb::arg("half_bytes"), "Device memory with one region.");
+  m.def("arenas", &Arena::List, "The arenas of this process.");
+  m.def("failures", &Arena::Failures, "What failed since the last reset; first the causes.");
+  m.def("reset", &Arena::Reset, "Waits for the devices; the groups meet again at their next call.");
+  m.def(
+      "set_fault",
+      [](int device, uint64_t delay_ns, bool skips) {
+        Arena::SetFault(device, {delay_ns, skips ? 1u : 0u});
+      },
+      nb::kw_only(),
+      nb::arg("device"),
+      nb::arg("delay_ns") = 0,
+      nb::arg("skips") = false,
+      "For tests: calls of a device begin late, or take no part.");
+  m.def("set_epoch", &Arena::SetEpoch, nb::arg("epoch"), "For tests: of all idle groups.");
+  m.def("fail_next_meeting",
+        &Arena::FailNextMeeting,
+        nb::arg("device"),
+        nb::arg("reason"),
+        "For tests: out_of_memory or no_peer_access.");
+  m.def("used_bytes", &UsedBytes, nb::arg("device"), "Device memory in use, by all processes.");
+  m.def("hog",
+        &Hog,
+        nb::kw_only(),
+        nb::arg("device"),
+        nb::arg("num_sms"),
+        nb::arg("ns"),
+        "For tests: keeps SMs of a device busy; returns at once.");
 }

@@ -1,4 +1,5 @@
-// The PTX instructions that the kernels use, one function each. All are for sm_90 and later.
+// The PTX instructions that the kernels use, one function each. Bulk copies are for sm_90 and
+// later.
 
 #ifndef JAX_MOE_EP_PTX_CUH_
 #define JAX_MOE_EP_PTX_CUH_
@@ -20,6 +21,35 @@ __device__ inline void MbarrierInit(uint64_t* barrier, uint32_t arrivals) {
 // Makes initialised barriers, and ordinary stores to shared memory, visible to bulk copies.
 __device__ inline void FenceProxyAsyncShared() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+// Orders ordinary accesses of global memory before bulk copies and the other way round. Nothing to
+// order where there are no bulk copies.
+__device__ inline void FenceProxyAsync() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("fence.proxy.async;" ::: "memory");
+#endif
+}
+
+// A barrier of `threads` threads of the block; different ids do not meet. Id 0 is __syncthreads.
+__device__ inline void NamedBarrier(int id, int threads) {
+  asm volatile("barrier.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// The same; true when `value` is true in all of them.
+__device__ inline bool NamedBarrierAnd(int id, int threads, bool value) {
+  int all;
+  asm volatile(
+      "{\n"
+      ".reg .pred in, out;\n"
+      "setp.ne.s32 in, %1, 0;\n"
+      "barrier.red.and.pred out, %2, %3, in;\n"
+      "selp.s32 %0, 1, 0, out;\n"
+      "}\n"
+      : "=r"(all)
+      : "r"(static_cast<int>(value)), "r"(id), "r"(threads)
+      : "memory");
+  return all != 0;
 }
 
 __device__ inline void MbarrierArriveExpectBytes(uint64_t* barrier, uint32_t bytes) {

@@ -15,7 +15,7 @@ struct RowsPlan {
   const int32_t* group_counts;  // [num_groups]
   const int32_t* group_sizes;   // [num_groups]
   const int32_t* group_starts;  // [num_groups]
-  int64_t num_tokens;           // T
+  int64_t num_tokens;           // T, of one rank; slots has those of all
   int top_k;                    // K
   int num_groups;               // L
   int alignment;                // A: no group has more than A rows of padding

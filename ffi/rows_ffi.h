@@ -9,6 +9,7 @@
 #include <string>
 
 #include "checks.h"
+#include "combine.h"
 #include "rows.h"
 
 namespace jax_moe_ep {
@@ -53,7 +54,8 @@ inline ffi::Error MakeRowsPlan(const char* op,
                                int64_t alignment,
                                int64_t capacity,
                                bool zero_tail,
-                               RowsPlan* plan) {
+                               RowsPlan* plan,
+                               int64_t num_ranks = 1) {
   int64_t num_groups = group_counts.dimensions()[0];
   JAX_MOE_EP_RETURN_IF_ERROR(CheckDims(op, "group_sizes", group_sizes, {num_groups}));
   JAX_MOE_EP_RETURN_IF_ERROR(CheckDims(op, "group_starts", group_starts, {num_groups}));
@@ -61,7 +63,7 @@ inline ffi::Error MakeRowsPlan(const char* op,
            group_counts.typed_data(),
            group_sizes.typed_data(),
            group_starts.typed_data(),
-           slots.dimensions()[0],
+           slots.dimensions()[0] / num_ranks,
            static_cast<int>(slots.dimensions()[1]),
            static_cast<int>(num_groups),
            static_cast<int>(alignment),
@@ -93,6 +95,23 @@ inline ffi::Error CheckRows(const char* op,
         " bytes");
   }
   return ffi::Error::Success();
+}
+
+inline ffi::Error GetFloatType(const char* op, const ffi::AnyBuffer& y, FloatType* type) {
+  switch (y.element_type()) {
+    case ffi::F32:
+      *type = FloatType::kF32;
+      return ffi::Error::Success();
+    case ffi::F16:
+      *type = FloatType::kF16;
+      return ffi::Error::Success();
+    case ffi::BF16:
+      *type = FloatType::kBF16;
+      return ffi::Error::Success();
+    default:
+      return ffi::Error::InvalidArgument(std::string(op) +
+                                         ": y must be float32, float16 or bfloat16");
+  }
 }
 
 }  // namespace jax_moe_ep

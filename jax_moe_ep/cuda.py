@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Float32, Int32, Shaped
 
 from jax_moe_ep import reference
 from jax_moe_ep.config import MAX_CUDA_EXPERTS, MAX_INT32, EpConfig
+from jax_moe_ep.group import group_call
 from jax_moe_ep.plan import Plan
 
 # Set to 1 to use 16-byte loads and stores where the device could copy in bulk, for tests. Read when
@@ -33,6 +34,8 @@ except ImportError as error:
     _why_not = str(error)
 
 if _ffi is not None:
+    for name, state_type in _ffi.state_types().items():
+        jax.ffi.register_ffi_type(name, state_type, platform="CUDA")
     for name, stages in _ffi.registrations().items():
         jax.ffi.register_ffi_target(name, stages, platform="CUDA")
 
@@ -62,6 +65,23 @@ def _no_extension(name: str) -> str:
         "cannot run implementation='auto' or 'cuda'. Install with nvcc available (python -m "
         "jax_moe_ep doctor says what is missing), or use implementation='reference'"
     )
+
+
+def has_extension() -> bool:
+    """Whether the CUDA kernels are built and can be loaded here."""
+    return _ffi is not None
+
+
+def extension(name: str) -> Any:
+    """The extension; an error that tells what `name` misses where there is none."""
+    if _ffi is None:
+        raise NotImplementedError(_no_extension(name))
+    return _ffi
+
+
+def failures() -> list[str]:
+    """What failed in the groups of this process since the last reset; the causes first."""
+    return _ffi.failures() if _ffi is not None else []
 
 
 def _plan_kernel(
@@ -101,8 +121,7 @@ def plan_from_gathered(
 
     Needs no mesh when num_ranks is given: one GPU can then compute any rank's plan.
     """
-    if _ffi is None:
-        raise NotImplementedError(_no_extension("plan"))
+    ffi = extension("plan")
     if num_ranks is None:
         num_ranks = lax.axis_size(config.axis_name)
     num_tokens, top_k = ids.shape[0] // num_ranks, ids.shape[1]
@@ -110,7 +129,7 @@ def plan_from_gathered(
     capacity = config.num_rows(num_ranks, num_tokens, top_k)
     expert_limit = config.rows_per_expert(ids.size)
     by_priority = config.drop_policy == "priority"
-    scratch_size = _ffi.plan_scratch_size(
+    scratch_size = ffi.plan_scratch_size(
         num_ranks=num_ranks,
         num_experts=config.num_experts,
         assignments_per_rank=num_tokens * top_k,
@@ -149,7 +168,7 @@ def plan_from_gathered(
 
 
 def _dispatch_kernel(x: tuple[Array, ...], plan: Plan) -> tuple[Array, ...]:
-    if problem := _why_no_rows("dispatch", x, plan):
+    if problem := _why_no_rows("dispatch", x):
         return refused(reference.dispatch, problem)(x, plan)
     shapes = [_like(leaf, (plan.capacity, *leaf.shape[1:]), leaf.dtype) for leaf in x]
     return tuple(_call("dispatch", shapes, plan, *x))
@@ -158,7 +177,7 @@ def _dispatch_kernel(x: tuple[Array, ...], plan: Plan) -> tuple[Array, ...]:
 def _combine_kernel(
     y: Float[Array, "C ..."], plan: Plan, weights: Float[Array, "T K"] | None
 ) -> Float[Array, "T ..."]:
-    if problem := _why_no_sums("combine", y, plan):
+    if problem := _why_no_sums("combine", y):
         return refused(reference.combine, problem)(y, plan, weights)
     if weights is None:
         weights = jnp.zeros((0, plan.top_k), jnp.float32)
@@ -172,7 +191,7 @@ def _combine_backward_kernel(
     plan: Plan,
     weights: Float[Array, "T K"],
 ) -> tuple[Float[Array, "C ..."], Float[Array, "T K"]]:
-    if problem := _why_no_sums("combine", y, plan):
+    if problem := _why_no_sums("combine", y):
         return refused(reference.combine_backward, problem)(dout, y, plan, weights)
     shapes = [_like(y, y.shape, y.dtype), _like(y, weights.shape, jnp.float32)]
     dy, dw = _call("combine_backward", shapes, plan, dout, y, weights.astype(jnp.float32))
@@ -180,19 +199,48 @@ def _combine_backward_kernel(
 
 
 def _row_weights_kernel(weights: Float[Array, "T K"], plan: Plan) -> Float[Array, "C"]:
-    if problem := _why_no_weights(weights, plan):
+    if problem := _why_no_weights(weights):
         return refused(reference.row_weights, problem)(weights, plan)
-    return _call("row_weights", _like(weights, (plan.capacity,), weights.dtype), plan, weights)
+    shape = _like(weights, (plan.capacity,), weights.dtype)
+    # A number a row: XLA's collectives bring them, one rank's kernel places those of all tokens.
+    return _call_alone("row_weights", shape, plan, _gather(weights, plan.config))
 
 
 def _row_weights_backward_kernel(drow: Float[Array, "C"], plan: Plan) -> Float[Array, "T K"]:
-    if problem := _why_no_weights(drow, plan):
+    if problem := _why_no_weights(drow):
         return refused(reference.row_weights_backward, problem)(drow, plan)
-    return _call("row_weights_backward", _like(drow, plan.owners.shape, drow.dtype), plan, drow)
+    shape = _like(drow, plan.slots.shape, drow.dtype)
+    dweights = _call_alone("row_weights_backward", shape, plan, drow)  # of all ranks' tokens
+    if plan.num_ranks == 1:
+        return dweights
+    dweights = dweights.reshape(plan.num_ranks, *plan.owners.shape)
+    landed = lax.all_to_all(dweights, plan.config.axis_name, split_axis=0, concat_axis=0)
+    own = jnp.take_along_axis(landed, jnp.maximum(plan.owners, 0)[None], axis=0)[0]
+    return jnp.where(plan.owners >= 0, own, 0)
 
 
 def _call(op: str, result_types: Any, plan: Plan, *args: Array) -> Any:
-    """The custom call of an op that moves rows: the plan's arrays first, its options behind."""
+    """The custom call of an op that moves rows: of a group, or of one rank without the rest."""
+    if plan.num_ranks == 1:
+        return _call_alone(op, result_types, plan, *args)
+    weights = args[-1] if op != "dispatch" else None
+    rows = args if op == "dispatch" else args[:-1]
+    owners = () if op == "dispatch" else (plan.owners,)
+    return group_call(
+        op,
+        result_types,
+        plan,
+        *owners,
+        *args,
+        op_code=extension(op).op_codes()[op],
+        row_bytes=max(_row_bytes(leaf) for leaf in rows),
+        has_weights=weights is not None and weights.shape[0] > 0,
+        force_vector=_force_vector(),
+    )
+
+
+def _call_alone(op: str, result_types: Any, plan: Plan, *args: Array) -> Any:
+    """The custom call of an op on one rank: the plan's arrays first, its options behind."""
     return jax.ffi.ffi_call(f"jax_moe_ep_{op}", result_types)(
         plan.slots,
         plan.group_counts,
@@ -203,8 +251,16 @@ def _call(op: str, result_types: Any, plan: Plan, *args: Array) -> Any:
         capacity=np.int64(plan.capacity),
         zero_tail=plan.config.tail == "zero",
         num_sms=np.int64(plan.config.num_sms or MAX_INT32),
-        force_vector=os.environ.get(FORCE_VECTOR, "0") != "0",
+        force_vector=_force_vector(),
     )
+
+
+def _force_vector() -> bool:
+    return os.environ.get(FORCE_VECTOR, "0") != "0"
+
+
+def _row_bytes(leaf: Array) -> int:
+    return leaf.dtype.itemsize * math.prod(leaf.shape[1:])
 
 
 def _like(array: Array, shape: tuple[int, ...], dtype: Any) -> Any:
@@ -215,44 +271,34 @@ def _like(array: Array, shape: tuple[int, ...], dtype: Any) -> Any:
 # What the kernels do not support, as the text of an error.
 
 
-def _why_no_group(op: str, plan: Plan) -> str | None:
-    if plan.num_ranks > 1:
-        return (
-            f"jax_moe_ep.{op}: the CUDA kernels of this version serve groups of one rank, and axis "
-            f"{plan.config.axis_name!r} has {plan.num_ranks}. Use implementation='reference', "
-            "which runs on GPUs too"
-        )
-    return None
-
-
-def _why_no_rows(op: str, leaves: tuple[Array, ...], plan: Plan) -> str | None:
+def _why_no_rows(op: str, leaves: tuple[Array, ...]) -> str | None:
     for leaf in leaves:
-        row_bytes = leaf.dtype.itemsize * math.prod(leaf.shape[1:])
+        row_bytes = _row_bytes(leaf)
         if row_bytes % ROW_BYTES_MULTIPLE or jnp.issubdtype(leaf.dtype, jnp.bool_):
             return (
                 f"jax_moe_ep.{op}: the CUDA kernels move rows of a multiple of "
                 f"{ROW_BYTES_MULTIPLE} bytes of numbers, got {leaf.dtype}{list(leaf.shape)} with "
                 f"{row_bytes} bytes a row. Pad the rows, or use implementation='reference'"
             )
-    return _why_no_group(op, plan)
+    return None
 
 
-def _why_no_sums(op: str, y: Array, plan: Plan) -> str | None:
+def _why_no_sums(op: str, y: Array) -> str | None:
     if y.dtype not in (jnp.float32, jnp.float16, jnp.bfloat16):
         return (
             f"jax_moe_ep.{op}: the CUDA kernels sum float32, float16 and bfloat16, got {y.dtype}. "
             "Convert y, or use implementation='reference'"
         )
-    return _why_no_rows(op, (y,), plan)
+    return _why_no_rows(op, (y,))
 
 
-def _why_no_weights(weights: Array, plan: Plan) -> str | None:
+def _why_no_weights(weights: Array) -> str | None:
     if weights.dtype.itemsize not in (2, 4):
         return (
             "jax_moe_ep.row_weights: the CUDA kernels take weights of 2 or 4 bytes, got "
             f"{weights.dtype}. Convert them, or use implementation='reference'"
         )
-    return _why_no_group("row_weights", plan)
+    return None
 
 
 def _implementation(op: str, kernel: Callable[..., Any]) -> Callable[..., Any]:

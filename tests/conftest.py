@@ -3,6 +3,9 @@
 On a machine without a GPU the tests run on 8 virtual CPU devices. Where JAX's default backend is
 a GPU, all of them run on the GPUs, on meshes of as many ranks as there are.
 JAX_MOE_EP_REQUIRE_GPUS=n makes it an error to find fewer than n.
+
+Under tests/launch.py this is one of several processes with one device each, a GPU if there are
+any. All of them run the same tests in the same order, on meshes of all devices.
 """
 
 import os
@@ -11,14 +14,24 @@ import hypothesis
 import jax
 import pytest
 
-# Before any backend starts. It does no harm beside a GPU.
-jax.config.update("jax_num_cpu_devices", 8)
+COORDINATOR = os.environ.get("JAX_MOE_EP_COORDINATOR")
+
+# Before any backend starts. CPU devices do no harm beside GPUs, nor choosing a GPU without any.
+if COORDINATOR is None:
+    jax.config.update("jax_num_cpu_devices", 8)
+else:
+    process = int(os.environ["JAX_MOE_EP_PROCESS"])
+    num_processes = int(os.environ["JAX_MOE_EP_NUM_PROCESSES"])
+    jax.config.update("jax_num_cpu_devices", 1)
+    jax.distributed.initialize(COORDINATOR, num_processes, process, local_device_ids=[process])
 
 hypothesis.settings.register_profile("default", deadline=None, max_examples=30, print_blob=True)
 hypothesis.settings.register_profile(
     "ci", hypothesis.settings.get_profile("default"), derandomize=True, database=None
 )
-hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
+# Every process must draw the same examples.
+is_fixed = os.environ.get("CI") or COORDINATOR
+hypothesis.settings.load_profile("ci" if is_fixed else "default")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -32,4 +45,5 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_report_header(config: pytest.Config) -> str:
-    return f"jax {jax.__version__}, {len(jax.devices())} {jax.default_backend()} devices"
+    where = f"in {jax.process_count()} processes" if COORDINATOR else "in one process"
+    return f"jax {jax.__version__}, {len(jax.devices())} {jax.default_backend()} devices {where}"

@@ -12,13 +12,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jax_moe_ep as ep
 
 AXIS = "expert"
+FIRST_AXIS = P(AXIS)
 DEVICES = jax.devices()
+
+NUM_PROCESSES = jax.process_count()
 
 # Which implementations have which op. "cuda" is tested where the devices are GPUs.
 IMPLEMENTATIONS = {
@@ -37,24 +41,27 @@ ON_GPUS = DEVICES[0].platform == "gpu"
 TOLERANCE = {"float32": 2.0**-17, "bfloat16": 2.0**-7, "float16": 2.0**-10}
 
 
-def _runs(op: str, implementation: str, num_ranks: int) -> bool:
-    if implementation != "cuda":
-        return True
-    has_kernel = op == "plan" or num_ranks == 1  # the kernels that move rows serve one rank
-    return has_kernel and ON_GPUS and len(DEVICES) >= num_ranks
+# For tests that need all devices in this process.
+one_process = pytest.mark.skipif(NUM_PROCESSES > 1, reason="runs in one process only")
+
+
+def _runs(implementation: str, num_ranks: int) -> bool:
+    if NUM_PROCESSES > 1 and num_ranks != len(DEVICES):  # a process without a rank could not help
+        return False
+    return implementation != "cuda" or (ON_GPUS and len(DEVICES) >= num_ranks)
 
 
 def each_implementation(
     op: str, num_ranks: int = 2, name: str = "implementation"
 ) -> pytest.MarkDecorator:
     """Runs a test on `num_ranks` ranks once for every implementation that can run the op here."""
-    names = [i for i in IMPLEMENTATIONS[op] if _runs(op, i, num_ranks)]
+    names = [i for i in IMPLEMENTATIONS[op] if _runs(i, num_ranks)]
     return pytest.mark.parametrize(name, names)
 
 
 def each_size(op: str, sizes: Iterable[int]) -> pytest.MarkDecorator:
     """Runs a test for numbers of ranks with every implementation that can run the op there."""
-    pairs = [(r, i) for r in sizes for i in IMPLEMENTATIONS[op] if _runs(op, i, r)]
+    pairs = [(r, i) for r in sizes for i in IMPLEMENTATIONS[op] if _runs(i, r)]
     return pytest.mark.parametrize(("num_ranks", "implementation"), pairs)
 
 
@@ -65,7 +72,7 @@ def each_case(op: str, names: Iterable[str] | None = None) -> pytest.MarkDecorat
         (name, implementation)
         for name in CASES
         for implementation in IMPLEMENTATIONS[op]
-        if name.removesuffix(ALONE) in chosen and _runs(op, implementation, CASES[name].R)
+        if name.removesuffix(ALONE) in chosen and _runs(implementation, CASES[name].R)
     ]
     return pytest.mark.parametrize(("name", "implementation"), pairs)
 
@@ -258,16 +265,57 @@ def planner(config: ep.EpConfig) -> Callable[..., ep.Plan]:
     return lambda ids, priority=None: ep.plan(ids, config, priority=priority)
 
 
+def spread(tree: Any, mesh: Mesh, spec: P = FIRST_AXIS) -> Any:
+    """Arrays of the host on the devices of all processes; each copies the shards of its own."""
+
+    def put(x: Any) -> jax.Array:
+        x = np.asarray(x)
+        return jax.make_array_from_callback(x.shape, NamedSharding(mesh, spec), x.__getitem__)
+
+    return jax.tree.map(put, tree)
+
+
+def collect(tree: Any) -> Any:
+    """Arrays of all processes on the host of each, bit for bit.
+
+    The shards, one of each array in each process, travel as bytes, which no platform changes, in
+    one buffer. Its size is a power of two: every other one has to be compiled.
+    """
+    if NUM_PROCESSES == 1:
+        return jax.device_get(tree)
+    leaves, treedef = jax.tree.flatten(tree)
+    mine = [np.asarray(leaf.addressable_data(0)).reshape(-1).view(np.uint8) for leaf in leaves]
+    ends = np.cumsum([part.size for part in mine])
+    buffer = np.zeros(1 << int(ends[-1]).bit_length(), np.uint8)
+    buffer[: ends[-1]] = np.concatenate(mine)
+    landed = multihost_utils.process_allgather(buffer)  # [processes, bytes]
+
+    def whole(leaf: jax.Array, end: int, size: int) -> np.ndarray:
+        out = np.empty(leaf.shape, leaf.dtype)
+        for device, index in leaf.sharding.devices_indices_map(leaf.shape).items():
+            shard = landed[device.process_index, end - size : end].view(leaf.dtype)
+            out[index] = shard.reshape(out[index].shape)
+        return out
+
+    sizes = (part.size for part in mine)
+    return treedef.unflatten(map(whole, leaves, ends, sizes))
+
+
 def run_plan(
     case: Case, ids: Any, priority: Any = None, implementation: str = "reference"
 ) -> ep.Plan:
     """The plans of all ranks: a Plan whose arrays have the rank in front."""
-    run = on_ranks(planner(case.config(implementation)), make_mesh(case.R))
-    return jax.device_get(run(ids, priority))
+    mesh = make_mesh(case.R)
+    run = on_ranks(planner(case.config(implementation)), mesh)
+    return collect(run(*spread((ids, priority), mesh)))
 
 
 def run(
-    op: Callable[..., Any], plan: ep.Plan, *args: Any, implementation: str = "reference"
+    op: Callable[..., Any],
+    plan: ep.Plan,
+    *args: Any,
+    implementation: str = "reference",
+    check_vma: bool = True,
 ) -> Any:
     """dispatch(x), combine(y[, weights]) or row_weights(weights) on every rank.
 
@@ -276,7 +324,8 @@ def run(
     config = dataclasses.replace(plan.config, implementation=implementation)
     plan = dataclasses.replace(plan, config=config)
     args = (args[0], plan, *args[1:]) if args else (plan,)
-    return jax.device_get(on_ranks(op, make_mesh(plan.num_ranks))(*args))
+    mesh = make_mesh(plan.num_ranks)
+    return collect(on_ranks(op, mesh, check_vma=check_vma)(*spread(args, mesh)))
 
 
 # Comparing.

@@ -65,7 +65,7 @@ def test_nobody_is_starved(capacity, implementation):
         assert plan.group_sizes[rank].sum() <= capacity
 
 
-@each_implementation("plan")
+@each_implementation("plan", num_ranks=1)
 def test_a_factor_is_room_for_rows_not_for_padding(implementation):
     """f = 1.0, one rank, 4 tokens, K = 1, A = 8: 4 live rows in 4 groups need 32 rows, and fit."""
     case = Case(T=4, K=1, E=4, R=1, A=8, capacity=1.0)

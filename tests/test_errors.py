@@ -302,14 +302,6 @@ needs_extension = pytest.mark.skipif(cuda._ffi is None, reason="needs the CUDA e
 
 
 @needs_extension
-@pytest.mark.parametrize("op", [op for op in IMPLEMENTATIONS if op != "plan"])
-def test_rows_of_several_ranks_have_no_kernel(op):
-    message = "the CUDA kernels of this version serve groups of one rank, and axis 'expert' has 2"
-    with raises(NotImplementedError, "jax_moe_ep.", message, "implementation='reference'"):
-        lowered(op, "auto", "cuda", num_ranks=2)
-
-
-@needs_extension
 @pytest.mark.parametrize("op", ["dispatch", "combine", "combine_backward"])
 def test_rows_of_other_lengths_have_no_kernel(op):
     """6 fp32 values are 24 bytes."""

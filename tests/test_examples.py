@@ -136,9 +136,15 @@ def test_03_plots_are_not_blank(demo: Path, name: str) -> None:
 TINY = ("--small", "--layers", 1, "--width", 32, "--seq", 32, "--batch", 4, "--steps", 6)
 
 
-def tiny_run(out: Path, text: Path, *options: object, fails: bool = False) -> str:
+def tiny_run(
+    out: Path, text: Path, *options: object, fails: bool = False, num_processes: int = 1
+) -> str:
     shared = (*TINY, "--implementation", "reference", "--files", text, "--out", out)
-    return run_example("03_flax_moe_lm.py", *shared, *options, fails=fails, JAX_PLATFORMS="cpu")
+    name, launched = "03_flax_moe_lm.py", ()
+    if num_processes > 1:
+        launched = ("--num-processes", num_processes, EXAMPLES / name)
+        name = "multiprocess/run.py"
+    return run_example(name, *launched, *shared, *options, fails=fails, JAX_PLATFORMS="cpu")
 
 
 def losses(out: Path) -> list[float]:
@@ -155,15 +161,15 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
-    """Six steps on EP 2 x DP 1."""
+    """Six steps on EP 4 x DP 1."""
     out = tmp_path_factory.mktemp("straight")
-    tiny_run(out, text, "--ep", 2, "--dp", 1)
+    tiny_run(out, text, "--ep", 4, "--dp", 1)
     return out
 
 
 def test_03_resumes_exactly(tmp_path: Path, text: Path, straight: Path) -> None:
     """Three steps and three after a restart have the losses of six, to the last bit."""
-    mesh = ("--ep", 2, "--dp", 1)
+    mesh = ("--ep", 4, "--dp", 1)
     assert "stopped after step 3" in tiny_run(tmp_path, text, *mesh, "--stop-at", 3)
     assert "has an unfinished run" in tiny_run(tmp_path, text, *mesh, fails=True)
     other_seed = tiny_run(tmp_path, text, *mesh, "--resume", "--seed", 1, fails=True)
@@ -177,6 +183,28 @@ def test_03_learns_the_same_on_another_mesh(tmp_path: Path, text: Path, straight
     """Only the order of sums differs: 1e-4 is many roundings of a loss of 5 in float32."""
     tiny_run(tmp_path, text, "--ep", 2, "--dp", 2)
     np.testing.assert_allclose(losses(tmp_path), losses(straight), atol=1e-4)
+
+
+def test_03_learns_the_same_in_two_processes(tmp_path: Path, text: Path, straight: Path) -> None:
+    """Two devices each, one EP group over both processes, three steps and three after a restart.
+
+    Only the order of a few sums differs: 1e-5 is some roundings of a loss of 5. Process 1 prints
+    nothing and process 0 all once.
+    """
+    two = {"num_processes": 2}
+    mesh = ("--ep", 4, "--dp", 1)
+    out = tiny_run(tmp_path, text, *mesh, "--stop-at", 3, **two)
+    assert out.count("mesh {'data': 1, 'expert': 4}") == out.count("stopped after step 3") == 1
+    out = tiny_run(tmp_path, text, *mesh, "--resume", **two)
+    assert out.count("resumed after step 3") == out.count("written: ") == 1
+    np.testing.assert_allclose(losses(tmp_path), losses(straight), rtol=0, atol=1e-5)
+
+
+def test_03_needs_all_processes(tmp_path: Path, text: Path) -> None:
+    """A mesh of one device, and two processes with one each: the other would have nothing to do."""
+    out = tiny_run(tmp_path, text, "--ep", 1, "--dp", 1, fails=True, num_processes=2)
+    message = "ep=1 times dp=1 leaves devices of some of the 2 processes out: all 2 must take part"
+    assert message in " ".join(re.sub("[│╭╮╰╯─]", "", out).split())
 
 
 # Its data.

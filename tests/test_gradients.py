@@ -12,6 +12,7 @@ from helpers import (
     Case,
     assert_bitwise_equal,
     assert_close,
+    collect,
     each_case,
     each_implementation,
     make_floats,
@@ -19,7 +20,9 @@ from helpers import (
     make_mesh,
     make_priority,
     on_ranks,
+    run,
     run_plan,
+    spread,
 )
 
 import jax_moe_ep as ep
@@ -53,14 +56,6 @@ def pull_combine(y, plan, weights, dout):
 
 def pull_row_weights(weights, plan, drow):
     return jax.vjp(lambda weights: ep.row_weights(weights, plan), weights)[1](drow)[0]
-
-
-def pull(op, plan, *args, implementation="reference", check_vma=True):
-    """A vector-Jacobian product inside shard_map, on every rank."""
-    config = dataclasses.replace(plan.config, implementation=implementation)
-    plan = dataclasses.replace(plan, config=config)
-    run = on_ranks(op, make_mesh(plan.num_ranks), check_vma=check_vma)
-    return jax.device_get(run(args[0], plan, *args[1:]))
 
 
 def routed(case, maker="masked"):
@@ -103,7 +98,7 @@ def test_dispatch_pulls_back_a_sum(name, implementation):
     plan, slots, owners = routed(case, "uniform" if case.R == 1 else "masked")
     drows = make_rows(case, slots)
     x = make_floats(case.R, case.T, case.H)
-    dx = pull(pull_dispatch, plan, x, drows, implementation=implementation)
+    dx = run(pull_dispatch, plan, x, drows, implementation=implementation)
     assert_bitwise_equal(dx, oracle.combine(case, drows, slots, owners))
 
 
@@ -117,7 +112,7 @@ def test_combine_pulls_back_rows_and_dots(name, implementation):
     plan, slots, owners = routed(case, "uniform" if case.R == 1 else "masked")
     y, weights = make_rows(case, slots), make_weights(owners)
     dout = make_floats(case.R, case.T, case.H, seed=3)
-    dy, dw = pull(pull_combine, plan, y, weights, dout, implementation=implementation)
+    dy, dw = run(pull_combine, plan, y, weights, dout, implementation=implementation)
     expected_dy, expected_dw = oracle.combine_backward(case, dout, y, slots, weights)
     assert_rows_equal(dy, expected_dy, plan)
     assert_close(dw, expected_dw)
@@ -134,13 +129,13 @@ def test_every_dtype(dtype, check_vma, implementation):
     y, weights = make_rows(DROPS, slots, dtype), make_weights(owners)
     dout = make_floats(DROPS.R, DROPS.T, DROPS.H, dtype=dtype, seed=3)
     how = {"implementation": implementation, "check_vma": check_vma}
-    dy, dw = pull(pull_combine, plan, y, weights, dout, **how)
+    dy, dw = run(pull_combine, plan, y, weights, dout, **how)
     expected_dy, expected_dw = oracle.combine_backward(DROPS, dout, y, slots, weights)
     assert_bitwise_equal(dy, expected_dy)
     assert dw.dtype == np.float32
     assert_close(dw, expected_dw)
     x = make_floats(DROPS.R, DROPS.T, DROPS.H, dtype=dtype)
-    dx = pull(pull_dispatch, plan, x, y, **how)
+    dx = run(pull_dispatch, plan, x, y, **how)
     assert_bitwise_equal(dx, oracle.combine(DROPS, y, slots, owners))
 
 
@@ -149,7 +144,7 @@ def test_weights_keep_their_dtype(implementation):
     plan, slots, owners = routed(SPREAD)
     y, weights = make_rows(SPREAD, slots), make_weights(owners, jnp.bfloat16)
     dout = make_floats(SPREAD.R, SPREAD.T, SPREAD.H, seed=3)
-    dy, dw = pull(pull_combine, plan, y, weights, dout, implementation=implementation)
+    dy, dw = run(pull_combine, plan, y, weights, dout, implementation=implementation)
     expected_dy, expected_dw = oracle.combine_backward(SPREAD, dout, y, slots, weights)
     assert_bitwise_equal(dy, expected_dy)
     assert dw.dtype == jnp.bfloat16
@@ -163,7 +158,7 @@ def test_combine_without_weights_pulls_back_a_dispatch(check_vma, implementation
     y = make_rows(DROPS, slots)
     dout = make_floats(DROPS.R, DROPS.T, DROPS.H, seed=3)
     how = {"implementation": implementation, "check_vma": check_vma}
-    dy, _ = pull(pull_combine, plan, y, None, dout, **how)
+    dy, _ = run(pull_combine, plan, y, None, dout, **how)
     assert_bitwise_equal(dy, oracle.dispatch(DROPS, dout, slots))
 
 
@@ -175,12 +170,29 @@ def test_row_weights_pull_back_each_row_to_its_place(dtype, check_vma, implement
     plan, slots, owners = routed(DROPS)
     drow = make_rows(DROPS, slots, dtype)[..., 0]
     how = {"implementation": implementation, "check_vma": check_vma}
-    dw = pull(pull_row_weights, plan, make_weights(owners, dtype), drow, **how)
+    dw = run(pull_row_weights, plan, make_weights(owners, dtype), drow, **how)
     expected = np.zeros(owners.shape, dtype)
     for source, t, k in np.argwhere(owners >= 0):
         rank = owners[source, t, k]
         expected[source, t, k] = drow[rank, slots[rank, source * DROPS.T + t, k]]
     assert_bitwise_equal(dw, expected)
+
+
+@each_implementation("combine_backward")
+@each_dtype
+def test_ops_of_one_program_round_as_alone(dtype, implementation):
+    """dy is rounded before the gradient of dispatch sums it, though one compiler sees both."""
+    case = dataclasses.replace(SPREAD, T=32, H=64)
+    plan, slots, owners = routed(case)
+    y, weights = make_rows(case, slots, dtype), make_weights(owners)
+    dout = make_floats(case.R, case.T, case.H, dtype=dtype, seed=3)
+
+    def chain(y, plan, weights, dout):
+        dy, _ = pull_combine(y, plan, weights, dout)
+        return dy, pull_dispatch(dout, plan, dy)
+
+    dy, dx = run(chain, plan, y, weights, dout, implementation=implementation)
+    assert_bitwise_equal(dx, oracle.combine(case, dy, slots, owners))
 
 
 @each_implementation("dispatch")
@@ -191,14 +203,17 @@ def test_integer_leaves_have_no_gradient(implementation):
     plan = dataclasses.replace(plan, config=config)
     x = {
         "data": make_floats(SPREAD.R, SPREAD.T, SPREAD.H),
-        "position": np.zeros((SPREAD.R, SPREAD.T), np.int32),
+        "position": np.zeros((SPREAD.R, SPREAD.T, 4), np.int32),
     }
     factor = make_rows(SPREAD, slots, seed=4)
-    dispatch = on_ranks(ep.dispatch, make_mesh(SPREAD.R))
+    mesh = make_mesh(SPREAD.R)
+    x, plan, factor = spread((x, plan, factor), mesh)
+    dispatch = on_ranks(ep.dispatch, mesh)
 
     def loss(x):
         return jnp.sum(jnp.where(jnp.isnan(factor), 0, factor * dispatch(x, plan)["data"]))
 
     gradient = jax.grad(loss, allow_int=True)(x)
-    assert_bitwise_equal(gradient["data"], oracle.combine(SPREAD, factor, slots, owners))
+    data = collect(gradient["data"])
+    assert_bitwise_equal(data, oracle.combine(SPREAD, collect(factor), slots, owners))
     assert gradient["position"].dtype == jax.dtypes.float0

@@ -14,6 +14,7 @@ from helpers import (
     ON_GPUS,
     Case,
     assert_bitwise_equal,
+    assert_plans_equal,
     each_implementation,
     make_bits,
     make_floats,
@@ -45,14 +46,23 @@ each_maker = pytest.mark.parametrize("maker", ["uniform", "one_expert", "masked"
 
 
 @functools.cache
-def planned(name, maker, implementation):
-    """The case, its plan by the implementation, and by the loops; both are equal."""
+def planned(name, maker):
+    """The case and the plan of the loops: as a Plan, and as its arrays."""
     case = SHAPES[name]
-    ids, priority = make_ids(maker, case), make_priority(case)
-    expected = oracle.plan(case, ids, priority)
-    plan = run_plan(case, ids, priority, implementation)
-    assert_bitwise_equal(plan.slots, expected["slots"], "slots")
-    return case, plan, expected
+    expected = oracle.plan(case, make_ids(maker, case), make_priority(case))
+    capacity = oracle.capacity(case)
+    static = {"num_ranks": 1, "num_tokens": case.T, "capacity": capacity}
+    return case, ep.Plan(**expected, config=case.config(), **static), expected
+
+
+@each_implementation("plan", num_ranks=1)
+@each_maker
+@each_shape
+def test_plan(name, maker, implementation):
+    case, plan, expected = planned(name, maker)
+    got = run_plan(case, make_ids(maker, case), make_priority(case), implementation)
+    assert_plans_equal(got, expected)
+    assert got.capacity == plan.capacity
 
 
 def defined_rows(case, expected):
@@ -72,7 +82,7 @@ def with_garbage(case, expected, y, weights):
 @each_shape
 def test_dispatch(name, maker, implementation):
     """A5: any bits of 1 to 4 bytes arrive, in one call; padding and a zero tail are zero."""
-    case, plan, expected = planned(name, maker, implementation)
+    case, plan, expected = planned(name, maker)
     x = [make_bits(1, case.T, case.H, dtype=dtype) for dtype in (*DTYPES, np.uint8)]
     rows = run(ep.dispatch, plan, x, implementation=implementation)
     defined = defined_rows(case, expected)
@@ -86,7 +96,7 @@ def test_dispatch(name, maker, implementation):
 @each_maker
 @each_shape
 def test_combine(name, maker, dtype, implementation):
-    case, plan, expected = planned(name, maker, implementation)
+    case, plan, expected = planned(name, maker)
     slots, owners = expected["slots"], expected["owners"]
     y, weights = with_garbage(
         case,
@@ -111,7 +121,7 @@ def combine_gradients(y, plan, weights, dout):
 def test_combine_backward(name, maker, dtype, implementation):
     """dy exactly. dw is a sum of H fp32 products in another order than the float64 of the loops:
     within 2^-24 of the sum of magnitudes for each of at most log2(H) + H / 256 additions."""
-    case, plan, expected = planned(name, maker, implementation)
+    case, plan, expected = planned(name, maker)
     y, weights = with_garbage(
         case,
         expected,
@@ -135,7 +145,7 @@ def test_combine_backward(name, maker, dtype, implementation):
 @each_shape
 def test_row_weights_and_gradient(name, dtype, implementation):
     """Each row's number goes there and back; what has no row gets 0."""
-    case, plan, expected = planned(name, "masked", implementation)
+    case, plan, expected = planned(name, "masked")
     weights = make_floats(1, case.T, case.K, dtype=dtype)
     drow = make_floats(1, plan.capacity, dtype=dtype)
     rows, dw = run(
@@ -188,8 +198,9 @@ def test_the_examples_of_the_kernels() -> None:
 @needs_gpu
 @pytest.mark.parametrize("num_sms", [1, 2])
 def test_few_sms_do_the_same(num_sms):
-    case, plan, expected = planned("plain", "uniform", "cuda")
-    plan = dataclasses.replace(plan, config=dataclasses.replace(plan.config, num_sms=num_sms))
+    case, plan, expected = planned("plain", "uniform")
+    config = dataclasses.replace(case.config("cuda"), num_sms=num_sms)
+    plan = dataclasses.replace(plan, config=config)
     x = make_floats(1, case.T, case.H)
     rows = jax.device_get(on_ranks(ep.dispatch, make_mesh(1))(x, plan))
     assert_bitwise_equal(rows, oracle.dispatch(case, x, expected["slots"]))

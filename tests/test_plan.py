@@ -18,6 +18,7 @@ from helpers import (
     make_mesh,
     make_priority,
     on_ranks,
+    one_process,
     planner,
     run,
     run_plan,
@@ -193,6 +194,7 @@ def test_a_plan_is_a_pytree_of_int32_arrays():
     assert (again.config, again.capacity) == (plan.config, plan.capacity)
 
 
+@one_process
 def test_auto_is_the_reference_where_there_is_no_cuda():
     """On the CPU devices, which every machine has, whatever the default backend."""
     cpu = jax.sharding.Mesh(np.array(jax.devices("cpu")[:2]), (AXIS,))

@@ -102,6 +102,8 @@ class Run:
         shuffled = self.evaluation.loss(state.params, key)
         self.sample(state, key)
         summary = self.summary(history, shuffled)
+        if jax.process_index() != 0:
+            return summary
         (self.run.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
         plots.loss_curve(self.run.out / "loss.png", summary, history.held_out)
         plots.expert_load(self.run.out / "expert_load.png", history.loads)

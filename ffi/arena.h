@@ -1,0 +1,83 @@
+// One rank's memory that its group shares: how the ranks meet, what they map, how failures are
+// told.
+//
+// All of it happens in XLA's Initialize stage, before anything of an execution is launched. Whether
+// ranks meet depends only on values that are equal on all of them, and what goes wrong on one of
+// them is told to all, so that all fail alike and none waits for one that has left.
+
+#ifndef JAX_MOE_EP_ARENA_H_
+#define JAX_MOE_EP_ARENA_H_
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+#include <map>
+#include <string>
+#include <vector>
+
+#include "checks.h"
+#include "layout.h"
+#include "meeting.h"
+
+namespace jax_moe_ep {
+
+class Arena {
+ public:
+  // This process's arena of a communicator on the current device. It lives as long as the process:
+  // CUDA graphs hold its addresses.
+  static Arena* Get(NcclComm* comm);
+
+  // An error if a call of this group has failed since the last reset, on any rank in this process.
+  ffi::Error CheckFailure() const;
+
+  // Meets the peers unless all is there: the first time, after a reset, and once for each size
+  // class of regions. Blocks the host until all ranks have come.
+  ffi::Error Ensure(int64_t half_bytes, uint64_t timeout_ns);
+
+  // Whether all ranks are in this process; false before they have met.
+  bool is_one_process() const { return peers_.is_one_process; }
+
+  // The view of a kernel whose call needs regions with halves of half_bytes.
+  GroupView View(int64_t half_bytes) const;
+
+  // For Python, about all arenas of this process.
+  static std::vector<std::string> Failures();  // first those who gave up themselves
+  static void Reset();                         // waits for the devices; the next Ensure meets again
+  static std::vector<std::map<std::string, int64_t>> List();
+
+  // For tests.
+  static void SetFault(int device, Fault fault);
+  static void SetEpoch(uint64_t epoch);
+  static void FailNextMeeting(int device, std::string reason);
+
+ private:
+  Arena(NcclComm* comm, int device) : comm_(comm), device_(device) {}
+
+  ffi::Error Meet(uint64_t timeout_ns);
+  ffi::Error Restart(uint64_t timeout_ns);
+  ffi::Error Share(int64_t bytes, uint64_t timeout_ns, SharedMemory* shared);
+  template <typename Write>
+  static void ForEach(Write write);
+  int num_ranks() const { return meeting_.num_ranks(); }
+  int rank() const { return meeting_.rank(); }
+  Control* own_control() const { return reinterpret_cast<Control*>(control_.addresses[rank()]); }
+
+  NcclComm* comm_;
+  int device_;
+  Meeting meeting_;
+  Peers peers_;
+  int64_t generation_ = 0;      // of resets
+  Failure* failure_ = nullptr;  // mapped host memory
+  SharedMemory control_;
+  std::map<int64_t, SharedMemory> regions_;  // by half_bytes
+};
+
+// The halves of the size class that holds `bytes`: a power of two, or 0.
+int64_t HalfBytes(int64_t bytes);
+
+// Device memory of an arena with one class of regions.
+int64_t ArenaBytes(int64_t half_bytes);
+
+}  // namespace jax_moe_ep
+
+#endif  // JAX_MOE_EP_ARENA_H_

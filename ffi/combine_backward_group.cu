@@ -1,0 +1,208 @@
+#include <algorithm>
+
+#include "combine.h"
+#include "combine_group.cuh"
+
+namespace jax_moe_ep {
+namespace {
+
+constexpr int kTeams = 2;  // of one block an SM: the other SMs stay free
+constexpr int kThreads = 256;
+using BackwardTeam = Team<kThreads, kTeams>;
+constexpr int64_t kLead = 256;  // own tokens before the first of a peer
+
+template <typename T>
+struct GroupBackwardParams {
+  GroupView group;
+  RegionLayout layout;
+  RowsPlan plan;
+  PullOrder order;
+  const int32_t* owners;    // [T, K]
+  const T* dout;            // [T, H]
+  const T* y;               // [C, H]
+  const float* weights;     // [T, K]
+  T* dy;                    // [C, H]
+  float* dweights;          // [T, K]
+  int64_t hidden;           // H
+  int64_t num_dout_chunks;  // to stage; 0: peers read dout where it is
+
+  __device__ int64_t num_weights() const { return plan.num_tokens * plan.top_k; }
+  __device__ int64_t num_table_chunks() const { return NumTableChunks(num_weights()); }
+  __device__ int64_t num_pulls() const { return order.size(group.num_ranks); }
+};
+
+template <typename T>
+__device__ void StageGradients(const GroupBackwardParams<T>& p, uint64_t epoch) {
+  uint4* to = reinterpret_cast<uint4*>(Half(p.group, p.group.rank, epoch) + p.layout.staging);
+  int64_t vectors = p.plan.num_tokens * (p.hidden / Vec<T>::kSize);
+  int64_t num_chunks = p.num_table_chunks() + p.num_dout_chunks;
+  Stage(p.group, epoch, p.dout, num_chunks, [&](int64_t chunk) {
+    if (chunk < p.num_table_chunks()) {
+      PushWeights(p.group, p.layout, p.plan, p.weights, epoch, chunk);
+    } else {
+      const uint4* from = reinterpret_cast<const uint4*>(p.dout);
+      CopyChunk(from, to, chunk - p.num_table_chunks(), vectors);
+    }
+  });
+}
+
+// Rank `source`'s weight gradients, in its own memory.
+template <typename T>
+__device__ float* GradientTable(const GroupBackwardParams<T>& p, int source, uint64_t epoch) {
+  return reinterpret_cast<float*>(Half(p.group, source, epoch) + p.layout.dweights);
+}
+
+// One token of any rank: dy of its rows here, dw of them into the token's rank's table. False when
+// a rank gave up.
+template <typename T>
+__device__ bool Pull(const GroupBackwardParams<T>& p,
+                     const BackwardTeam& team,
+                     TeamReady<BackwardTeam>& ready,
+                     uint64_t epoch,
+                     int64_t position,
+                     float (*partial)[kWeightsAtOnce]) {
+  int source;
+  int64_t token;
+  int top_k = p.plan.top_k;
+  if (!p.order.Find(p.group, position, &source, &token)) return true;
+  const int32_t* slots = p.plan.slots + (source * p.plan.num_tokens + token) * top_k;
+  bool has = false;
+  for (int k = 0; k < top_k; ++k) has |= slots[k] >= 0;
+  if (!has) return true;
+  if (!ready.Wait(p.group, team, epoch, source)) return false;
+  const char* tokens =
+      TokensOf(p.group, epoch, source, reinterpret_cast<const char*>(p.dout), p.layout.staging);
+  const float* weights = source == p.group.rank
+                             ? p.weights
+                             : WeightTable(p.group, p.layout, p.plan, p.group.rank, source, epoch);
+  float* table = GradientTable(p, source, epoch) + token * top_k;
+  const T* dout = reinterpret_cast<const T*>(tokens) + token * p.hidden;
+  TokenGradients<T> gradients{dout, p.y, p.dy, p.hidden, slots, weights + token * top_k};
+  for (int first = 0; first < top_k; first += kWeightsAtOnce) {
+    int count = min(kWeightsAtOnce, top_k - first);
+    gradients.ScaleAndDot(team, first, count, partial);
+    float dot = SumOverWarps(team, partial);
+    int k = first + team.thread;
+    if (team.thread < count && slots[k] >= 0) table[k] = dot;
+    team.Sync();
+  }
+  return true;
+}
+
+// A chunk of this rank's weight gradients, once all ranks have returned theirs. False when a rank
+// gave up.
+template <typename T>
+__device__ bool Collect(const GroupBackwardParams<T>& p,
+                        const BackwardTeam& team,
+                        uint64_t epoch,
+                        int64_t chunk) {
+  bool is_there = true;
+  if (team.thread < p.group.num_ranks) {
+    const uint64_t* flag = &OwnControl(p.group)->returned[team.thread];
+    is_there = WaitForFlag(p.group, flag, epoch, Phase::kReturned, team.thread);
+  }
+  if (!team.And(is_there)) return false;
+  const float* table = GradientTable(p, p.group.rank, epoch);
+  int64_t end = min((chunk + 1) * kTableChunk, p.num_weights());
+  for (int64_t i = chunk * kTableChunk + team.thread; i < end; i += kThreads) {
+    p.dweights[i] = p.owners[i] >= 0 ? table[i] : 0.0f;
+  }
+  return true;
+}
+
+// One thread: adds pulls that are done; whoever adds the last tells all ranks that its weight
+// gradients are there.
+template <typename T>
+__device__ void CompletePulls(const GroupBackwardParams<T>& p, uint64_t epoch, int64_t count) {
+  if (!Complete(&p.group.launch->pulled, count, p.num_pulls())) return;
+  for (int rank = 0; rank < p.group.num_ranks; ++rank) {
+    StoreReleaseSystem(&p.group.controls[rank]->returned[p.group.rank], epoch);
+  }
+}
+
+// Inputs: plan, owners, dout, y, weights; writes all of dweights, dy but for an undefined tail,
+// weights and their gradients into the peers' tables. Launch: any number of blocks of
+// kTeams * kThreads. The steps are those of protocol.cuh. Items are the pulls, then the chunks of
+// dweights: these wait for the pulls of all ranks, which wait for no such chunk. dout is not
+// written before all peers have read it.
+//
+// Example (R = 2, K = 2, H = 2): rank 0's dout = (1, 2), owners (1 -1), weights (3, NaN). Rank 1
+// has y[1] = (4, 5) and slots (1 -1) for it: dy[1] = (3, 6) there, dweights = (14, 0) here.
+template <typename T>
+__global__ void __launch_bounds__(kTeams* kThreads, 1)
+    GroupCombineBackwardKernel(const __grid_constant__ GroupBackwardParams<T> p) {
+  __shared__ uint64_t epoch;
+  __shared__ int64_t claims[kTeams];
+  __shared__ float partial[kTeams][BackwardTeam::kWarps][kWeightsAtOnce];
+  if (threadIdx.x == 0) epoch = Begin(p.group, true, nullptr);
+  __syncthreads();
+  if (epoch != kAborted) {
+    StageGradients(p, epoch);
+    const BackwardTeam team;
+    TeamItems<BackwardTeam> items(p.group, team, &claims[team.id]);
+    TeamReady<BackwardTeam> ready;
+    int64_t pulls = 0, chunks = 0, num_items = p.num_pulls() + p.num_table_chunks();
+    int64_t item = items.Next();
+    bool goes_on = true;
+    for (; goes_on && item < p.num_pulls(); item = items.Next(), ++pulls) {
+      goes_on = Pull(p, team, ready, epoch, item, partial[team.id]);
+    }
+    team.Sync();
+    if (goes_on && team.thread == 0) CompletePulls(p, epoch, pulls);
+    for (; goes_on && item < num_items; item = items.Next(), ++chunks) {
+      goes_on = Collect(p, team, epoch, item - p.num_pulls());
+    }
+    team.Sync();
+    bool is_last = goes_on && team.thread == 0 &&
+                   Complete(&p.group.launch->done, chunks, p.num_table_chunks());
+    if (is_last) TellConsumed(p.group, epoch);
+    __syncwarp();
+    int64_t worker = (int64_t{blockIdx.x} * blockDim.x + threadIdx.x) / kWarpSize;
+    int64_t num_workers = int64_t{gridDim.x} * kTeams * BackwardTeam::kWarps;
+    char* dy = reinterpret_cast<char*>(p.dy);
+    ZeroRowsByWarp(p.plan, dy, p.hidden * sizeof(T), worker, num_workers);
+    if (is_last) Finish(p.group, epoch, p.group.is_one_process);
+  }
+  End(p.group, [&] {
+    PoisonByBlock(p.dy, p.plan.capacity * p.hidden * sizeof(T));
+    PoisonByBlock(p.dweights, p.num_weights() * sizeof(float));
+  });
+}
+
+}  // namespace
+
+cudaError_t LoadGroupCombineBackward() {
+  return ForEachFloatType([](auto zero) {
+    cudaFuncAttributes attributes;
+    return cudaFuncGetAttributes(&attributes, GroupCombineBackwardKernel<decltype(zero)>);
+  });
+}
+
+cudaError_t LaunchGroupCombineBackward(const GroupView& group,
+                                       const RegionLayout& layout,
+                                       const RowsPlan& plan,
+                                       const LaunchLimits& limits,
+                                       const CombineBackwardArrays& arrays,
+                                       cudaStream_t stream) {
+  return WithType(arrays.type, [&](auto zero) {
+    using T = decltype(zero);
+    GroupBackwardParams<T> params{};
+    params.group = group;
+    params.layout = layout;
+    params.plan = plan;
+    params.order = {plan.num_tokens, std::min(plan.num_tokens, kLead)};
+    params.owners = arrays.owners;
+    params.dout = static_cast<const T*>(arrays.dout);
+    params.y = static_cast<const T*>(arrays.y);
+    params.weights = arrays.weights;
+    params.dy = static_cast<T*>(arrays.dy);
+    params.dweights = arrays.dweights;
+    params.hidden = arrays.row_bytes / static_cast<int64_t>(sizeof(T));
+    params.num_dout_chunks =
+        group.is_one_process ? 0 : NumChunks(plan.num_tokens * arrays.row_bytes);
+    GroupCombineBackwardKernel<T><<<limits.num_sms, kTeams * kThreads, 0, stream>>>(params);
+    return cudaGetLastError();
+  });
+}
+
+}  // namespace jax_moe_ep

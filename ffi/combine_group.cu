@@ -1,0 +1,238 @@
+#include <algorithm>
+
+#include "combine.h"
+#include "combine_group.cuh"
+
+namespace jax_moe_ep {
+namespace {
+
+constexpr int kTeams = 5;  // of one block an SM: the other SMs stay free
+constexpr int kThreads = 128;
+using CombineTeam = Team<kThreads, kTeams>;
+constexpr int64_t kTokensAhead = 1024;  // pushes before the first sum
+
+template <typename T>
+struct GroupCombineParams {
+  GroupView group;
+  RegionLayout layout;
+  RowsPlan plan;
+  const int32_t* owners;  // [T, K]
+  const T* y;             // [C, H]
+  const float* weights;   // [T, K] or null
+  T* out;                 // [T, H]
+  int64_t hidden;         // H
+  int64_t run_tokens;     // neighbouring tokens of one item and flag
+  int64_t num_runs;
+  int64_t ahead;  // pushes before the first sum
+
+  __device__ int64_t num_items() const { return ahead + num_runs * group.num_ranks; }
+};
+
+// A push: partials of a run of a peer's tokens; or a sum: all partials of a run of this rank's.
+struct CombineItem {
+  bool is_sum = false;
+  int64_t push = 0, run = 0;
+
+  // Push 0 .. ahead-1, then sum 0, a push for each peer, sum 1, ...: sums find what they wait for
+  // there, and both directions of the link and the memory work at once.
+  template <typename T>
+  __device__ CombineItem(const GroupCombineParams<T>& p, int64_t item) : push(item) {
+    if (item < p.ahead) return;
+    int64_t turn = (item - p.ahead) / p.group.num_ranks;
+    int64_t place = (item - p.ahead) % p.group.num_ranks;
+    is_sum = place == 0;
+    run = turn;
+    push = p.ahead + turn * (p.group.num_ranks - 1) + place - 1;
+  }
+};
+
+// Where rank `sender`'s partials of rank `receiver`'s tokens land.
+template <typename T>
+__device__ T* Landing(const GroupCombineParams<T>& p, int receiver, int sender, uint64_t epoch) {
+  int64_t place = sender < receiver ? sender : sender - 1;  // nothing lands from oneself
+  char* landing = Half(p.group, receiver, epoch) + p.layout.landing;
+  return reinterpret_cast<T*>(landing) + place * p.plan.num_tokens * p.hidden;
+}
+
+__device__ bool HasRow(const int32_t* slots, int top_k) {
+  bool has = false;
+  for (int k = 0; k < top_k; ++k) has |= slots[k] >= 0;
+  return has;
+}
+
+// False when a rank gave up.
+template <typename T>
+__device__ bool Push(const GroupCombineParams<T>& p,
+                     const CombineTeam& team,
+                     TeamReady<CombineTeam>& ready,
+                     uint64_t epoch,
+                     int64_t push) {
+  int num_peers = p.group.num_ranks - 1;
+  int64_t run = push / num_peers;
+  if (run >= p.num_runs) return true;
+  int source = Peer(p.group, 1 + static_cast<int>(push % num_peers));
+  if (!ready.Wait(p.group, team, epoch, source)) return false;
+  T* landing = Landing(p, source, p.group.rank, epoch);
+  const float* table =
+      p.weights ? WeightTable(p.group, p.layout, p.plan, p.group.rank, source, epoch) : nullptr;
+  int64_t end = min((run + 1) * p.run_tokens, p.plan.num_tokens);
+  bool has_any = false;
+  for (int64_t token = run * p.run_tokens; token < end; ++token) {
+    const int32_t* slots = p.plan.slots + (source * p.plan.num_tokens + token) * p.plan.top_k;
+    if (!HasRow(slots, p.plan.top_k)) continue;
+    has_any = true;
+    const float* weights = table ? table + token * p.plan.top_k : nullptr;
+    for (int64_t index = team.thread; index < p.hidden / Vec<T>::kSize; index += kThreads) {
+      float sums[Vec<T>::kSize] = {};
+      SumRows(p.y, p.hidden, slots, weights, p.plan.top_k, index, sums);
+      Vec<T>::Round(sums).Store(landing + token * p.hidden, index);
+    }
+  }
+  if (!has_any) return true;  // owners say so: nobody waits
+  team.Sync();
+  if (team.thread == 0) {
+    uint64_t* flag = &p.group.controls[source]->landed[epoch & 1][p.group.rank][run];
+    StoreReleaseSystem(flag, epoch);
+  }
+  return true;
+}
+
+// Ranks that hold a row of the token, a bit a rank.
+__device__ uint32_t Owners(const int32_t* owners, int top_k) {
+  uint32_t ranks = 0;
+  for (int k = 0; k < top_k; ++k) {
+    if (owners[k] >= 0) ranks |= 1u << owners[k];
+  }
+  return ranks;
+}
+
+// The token's partials in rank order, from +0; the own one is made here.
+template <typename T>
+__device__ void SumToken(const GroupCombineParams<T>& p,
+                         const CombineTeam& team,
+                         uint64_t epoch,
+                         int64_t token) {
+  int me = p.group.rank, top_k = p.plan.top_k;
+  uint32_t ranks = Owners(p.owners + token * top_k, top_k);
+  const int32_t* slots = p.plan.slots + (me * p.plan.num_tokens + token) * top_k;
+  const float* weights = p.weights ? p.weights + token * top_k : nullptr;
+  for (int64_t index = team.thread; index < p.hidden / Vec<T>::kSize; index += kThreads) {
+    Vec<T> own{};
+    if (ranks >> me & 1) {
+      float sums[Vec<T>::kSize] = {};
+      SumRows(p.y, p.hidden, slots, weights, top_k, index, sums);
+      own = Vec<T>::Round(sums);
+    }
+    float sums[Vec<T>::kSize] = {};
+    for (int rank = 0; rank < p.group.num_ranks; ++rank) {
+      if (!(ranks >> rank & 1)) continue;
+      Vec<T> partial = own;
+      if (rank != me) {
+        partial = Vec<T>::Load(Landing(p, me, rank, epoch) + token * p.hidden, index);
+      }
+#pragma unroll
+      for (int j = 0; j < Vec<T>::kSize; ++j) sums[j] = __fadd_rn(sums[j], partial.Get(j));
+    }
+    Vec<T>::Round(sums).Store(p.out + token * p.hidden, index);
+  }
+}
+
+// False when a rank gave up.
+template <typename T>
+__device__ bool Sum(const GroupCombineParams<T>& p,
+                    const CombineTeam& team,
+                    uint64_t epoch,
+                    int64_t run) {
+  int64_t begin = run * p.run_tokens, end = min(begin + p.run_tokens, p.plan.num_tokens);
+  bool has_landed = true;
+  if (team.thread < p.group.num_ranks && team.thread != p.group.rank) {
+    uint32_t ranks = 0;
+    for (int64_t token = begin; token < end; ++token) {
+      ranks |= Owners(p.owners + token * p.plan.top_k, p.plan.top_k);
+    }
+    if (ranks >> team.thread & 1) {
+      const uint64_t* flag = &OwnControl(p.group)->landed[epoch & 1][team.thread][run];
+      has_landed = WaitForFlag(p.group, flag, epoch, Phase::kLanded, team.thread);
+    }
+  }
+  if (!team.And(has_landed)) return false;
+  for (int64_t token = begin; token < end; ++token) SumToken(p, team, epoch, token);
+  return true;
+}
+
+// Inputs: plan, owners, y, weights; writes all of out, partials into the peers' landing areas and
+// weights into their tables. Launch: any number of blocks of kTeams * kThreads. The steps are those
+// of protocol.cuh; a flag landed[p][run] is raised by rank p when its partials of the run are
+// there. The sums have a fixed order, whatever lands first. A claimed push waits for no sum, on any
+// rank: with sum u stuck, a team has claimed push u + ahead, so a cycle of ranks would need ever
+// smaller u.
+//
+// Example (R = 2, K = 2, H = 1 of 4 copies): rank 0's token has weights (2, 0.5) and owners (0, 1);
+// y = 1 there and 4 on rank 1, whose partial 2 lands: 0 + 2*1 + 2 = 4.
+template <typename T>
+__global__ void __launch_bounds__(kTeams* kThreads, 1)
+    GroupCombineKernel(const __grid_constant__ GroupCombineParams<T> p) {
+  __shared__ uint64_t epoch;
+  __shared__ int64_t claims[kTeams];
+  int64_t num_chunks = p.weights ? NumTableChunks(p.plan.num_tokens * p.plan.top_k) : 0;
+  if (threadIdx.x == 0) epoch = Begin(p.group, num_chunks > 0, nullptr);
+  __syncthreads();
+  if (epoch != kAborted) {
+    Stage(p.group, epoch, nullptr, num_chunks, [&](int64_t chunk) {
+      PushWeights(p.group, p.layout, p.plan, p.weights, epoch, chunk);
+    });
+    const CombineTeam team;
+    TeamItems<CombineTeam> items(p.group, team, &claims[team.id]);
+    TeamReady<CombineTeam> ready;
+    int64_t count = 0;
+    for (int64_t item; (item = items.Next()) < p.num_items(); ++count) {
+      CombineItem work(p, item);
+      bool is_done =
+          work.is_sum ? Sum(p, team, epoch, work.run) : Push(p, team, ready, epoch, work.push);
+      if (!is_done) break;
+    }
+    team.Sync();
+    if (team.thread == 0 && Complete(&p.group.launch->done, count, p.num_items())) {
+      TellConsumed(p.group, epoch);
+      Finish(p.group, epoch, false);
+    }
+  }
+  End(p.group, [&] { PoisonByBlock(p.out, p.plan.num_tokens * p.hidden * sizeof(T)); });
+}
+
+}  // namespace
+
+cudaError_t LoadGroupCombine() {
+  return ForEachFloatType([](auto zero) {
+    cudaFuncAttributes attributes;
+    return cudaFuncGetAttributes(&attributes, GroupCombineKernel<decltype(zero)>);
+  });
+}
+
+cudaError_t LaunchGroupCombine(const GroupView& group,
+                               const RegionLayout& layout,
+                               const RowsPlan& plan,
+                               const LaunchLimits& limits,
+                               const CombineArrays& arrays,
+                               cudaStream_t stream) {
+  return WithType(arrays.type, [&](auto zero) {
+    using T = decltype(zero);
+    GroupCombineParams<T> params{};
+    params.group = group;
+    params.layout = layout;
+    params.plan = plan;
+    params.owners = arrays.owners;
+    params.y = static_cast<const T*>(arrays.y);
+    params.weights = arrays.weights;
+    params.out = static_cast<T*>(arrays.out);
+    params.hidden = arrays.row_bytes / static_cast<int64_t>(sizeof(T));
+    params.run_tokens = (plan.num_tokens + kMaxRuns - 1) / kMaxRuns;
+    params.num_runs = (plan.num_tokens + params.run_tokens - 1) / params.run_tokens;
+    int64_t runs_ahead = (kTokensAhead + params.run_tokens - 1) / params.run_tokens;
+    params.ahead = std::min(params.num_runs, runs_ahead) * (group.num_ranks - 1);
+    GroupCombineKernel<T><<<limits.num_sms, kTeams * kThreads, 0, stream>>>(params);
+    return cudaGetLastError();
+  });
+}
+
+}  // namespace jax_moe_ep

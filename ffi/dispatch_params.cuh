@@ -1,0 +1,117 @@
+// What dispatch's kernels share: how the work is cut, and which token a piece belongs to.
+
+#ifndef JAX_MOE_EP_DISPATCH_PARAMS_CUH_
+#define JAX_MOE_EP_DISPATCH_PARAMS_CUH_
+
+#include "protocol.cuh"
+#include "rows.cuh"
+
+namespace jax_moe_ep {
+namespace {
+
+// A work item is a (token, tile): a tile is a part of a row, so that any row length fits.
+struct DispatchParams {
+  RowsPlan plan;
+  const char* x;
+  char* rows;
+  int64_t row_bytes;
+  int tile_bytes;
+  int num_tiles;
+  // In a group.
+  GroupView group;
+  PullOrder order;
+  int64_t staging_offset;  // of x in a half of a region, unless peers read it where it is
+  int64_t num_chunks;      // to stage
+};
+
+template <bool kInGroup>
+__device__ int64_t NumItems(const DispatchParams& p) {
+  int64_t tokens = kInGroup ? p.order.size(p.group.num_ranks) : p.plan.num_tokens;
+  return tokens * p.num_tiles;
+}
+
+// One tile of one token.
+template <bool kInGroup>
+struct Tile {
+  int source;             // the token's rank
+  int64_t token, offset;  // among the tokens of its rank; in bytes
+  int bytes;
+  bool is_token;
+
+  __device__ Tile(const DispatchParams& p, int64_t item) : source(0), token(item / p.num_tiles) {
+    offset = item % p.num_tiles * p.tile_bytes;
+    bytes = static_cast<int>(min(int64_t{p.tile_bytes}, p.row_bytes - offset));
+    is_token = true;
+    if constexpr (kInGroup) is_token = p.order.Find(p.group, token, &source, &token);
+  }
+
+  __device__ const int32_t* Slots(const DispatchParams& p) const {
+    return p.plan.slots + (source * p.plan.num_tokens + token) * p.plan.top_k;
+  }
+
+  // All lanes of a warp.
+  __device__ bool HasRow(const DispatchParams& p) const {
+    bool has = false;
+    for (int k = threadIdx.x % kWarpSize; is_token && k < p.plan.top_k; k += kWarpSize) {
+      has |= Slots(p)[k] >= 0;
+    }
+    return __any_sync(kAllLanes, has);
+  }
+
+  // The source must be ready.
+  __device__ const char* Data(const DispatchParams& p, uint64_t epoch) const {
+    const char* tokens = p.x;
+    if constexpr (kInGroup) tokens = TokensOf(p.group, epoch, source, p.x, p.staging_offset);
+    return tokens + token * p.row_bytes + offset;
+  }
+};
+
+// A warp's items, and which sources it has seen ready.
+template <bool kInGroup>
+struct WarpItems {
+  int64_t worker;  // of num_workers warps of the launch
+  int64_t num_workers;
+  uint64_t epoch = 0;
+  uint32_t ready = 0;  // a bit a rank
+
+  // In increasing order. Claimed in a group: there nothing may wait for a warp that does not run.
+  __device__ int64_t Next(const DispatchParams& p) {
+    if constexpr (kInGroup) return ClaimByWarp(p.group, &p.group.launch->claims);
+    int64_t item = worker;
+    worker += num_workers;
+    return item;
+  }
+
+  // Lane 0 can read the source's tokens. False when a rank gave up.
+  __device__ bool IsReady(const DispatchParams& p, int source) {
+    if constexpr (!kInGroup) return true;
+    if (ready >> source & 1) return true;
+    bool is_ready = true;
+    if (threadIdx.x % kWarpSize == 0) is_ready = WaitForReady(p.group, epoch, source);
+    if (!__shfl_sync(kAllLanes, is_ready, 0)) return false;
+    ready |= 1u << source;
+    return true;
+  }
+};
+
+__device__ void StageX(const DispatchParams& p, uint64_t epoch) {
+  uint4* to = reinterpret_cast<uint4*>(Half(p.group, p.group.rank, epoch) + p.staging_offset);
+  int64_t vectors = p.plan.num_tokens * (p.row_bytes / kVecBytes);
+  Stage(p.group, epoch, nullptr, p.num_chunks, [&](int64_t chunk) {
+    CopyChunk(reinterpret_cast<const uint4*>(p.x), to, chunk, vectors);
+  });
+}
+
+// When the warp's items are done and their writes visible to lane 0. True for one lane of the
+// launch, which has told the peers and must still Finish.
+__device__ bool CompleteItems(const DispatchParams& p, uint64_t epoch, int64_t count) {
+  if (threadIdx.x % kWarpSize != 0) return false;
+  if (!Complete(&p.group.launch->done, count, NumItems<true>(p))) return false;
+  TellConsumed(p.group, epoch);
+  return true;
+}
+
+}  // namespace
+}  // namespace jax_moe_ep
+
+#endif  // JAX_MOE_EP_DISPATCH_PARAMS_CUH_

@@ -1,0 +1,159 @@
+// The memory that the ranks of a group share, and what they say in it: the only description of its
+// bytes, for host and device.
+//
+// Every rank owns one Control and some regions, in its own device memory, mapped by all ranks of
+// the group. A call writes to the halves of parity epoch & 1 only.
+
+#ifndef JAX_MOE_EP_LAYOUT_H_
+#define JAX_MOE_EP_LAYOUT_H_
+
+#include <cuda_runtime_api.h>
+
+#include <cstddef>
+#include <cstdint>
+
+namespace jax_moe_ep {
+
+inline constexpr int kMaxRanks = 16;                  // GPUs of one host
+inline constexpr int kMaxRuns = 16 * 1024;            // flags of one rank's partials in a call
+inline constexpr int64_t kPartAlignment = 256;        // of the parts of a region
+inline constexpr int64_t kAllocationBytes = 2 << 20;  // cudaIpc maps whole multiples of this
+inline constexpr int64_t kRegionHeaderBytes = 256;    // its proof
+inline constexpr int64_t kMinHalfBytes = 1 << 20;
+
+enum class Op : int32_t { kNone, kDispatch, kCombine, kCombineBackward };
+
+// What all ranks must agree on in one call: a difference is an error that shows both.
+struct CallSignature {
+  Op op;
+  int32_t top_k;
+  int64_t num_tokens;
+  int64_t row_bytes;
+  uint64_t options;  // a hash of what else must be equal
+};
+
+// What a rank tells each peer when its data can be read.
+struct CallRecord {
+  CallSignature signature;
+  const char* address;  // of x when the group is one process
+};
+
+// Effects that tests ask for, on one rank.
+struct Fault {
+  uint64_t delay_ns;  // before the rank begins a call
+  uint32_t skips;     // the rank takes no part
+};
+
+// Flags hold epochs, which only grow; `x[p]` is written by rank p alone. An allocation that is
+// shared begins with the proof that rank p reaches it: it reads here what the owner, and writes
+// what p said.
+struct Control {
+  uint64_t proof[kMaxRanks];
+
+  // This rank's own.
+  uint64_t epoch;       // of the last finished call
+  uint32_t is_locked;   // while a call runs
+  uint32_t has_failed;  // the failure has been written to the host
+  Fault fault;
+
+  // Any rank's.
+  uint32_t abort;  // 1 + the rank that gave up first; sticky
+
+  CallRecord records[2][kMaxRanks];         // by parity
+  uint64_t ready[kMaxRanks];                // p's data and record of this epoch can be read
+  uint64_t consumed[kMaxRanks];             // p reads nothing of this epoch and before any more
+  uint64_t returned[kMaxRanks];             // p's weight gradients of this epoch are here
+  uint64_t landed[2][kMaxRanks][kMaxRuns];  // by parity: p's partials of a run of tokens are here
+};
+
+// Counters of the launches of one call site on one device: never two at a time. Zero in between.
+struct LaunchState {
+  uint32_t arrivals;  // blocks that have begun
+  uint32_t exits;     // blocks that have ended
+  uint64_t epoch;     // of the call, once the first block has it; or one of the two below
+  uint64_t staging;   // chunks to stage claimed
+  uint64_t staged;    // and done
+  uint64_t claims;    // items claimed
+  uint64_t pulled;    // items with a token done, where others come after them
+  uint64_t done;      // items done
+};
+inline constexpr uint64_t kAborted = ~uint64_t{0};
+inline constexpr int64_t kLaunchStateBytes = 128;  // a line of its own
+static_assert(sizeof(LaunchState) <= kLaunchStateBytes);
+
+// Where a wait was, for the error.
+enum class Phase : uint32_t { kNone, kLock, kConsumed, kReady, kLanded, kReturned, kFinish };
+
+enum class FailureKind : uint32_t { kNone, kTimeout, kMismatch, kPeer };
+
+// In mapped host memory, written once by the device.
+struct Failure {
+  FailureKind kind;
+  Phase phase;
+  int32_t rank;
+  int32_t peer;
+  uint64_t expected;  // epochs
+  uint64_t seen;
+  uint64_t waited_ns;
+  CallSignature mine;
+  CallSignature theirs;
+};
+
+// A group as a kernel of one rank sees it. num_ranks = 1: all else is unused.
+struct GroupView {
+  int num_ranks;
+  int rank;
+  bool is_one_process;  // peers read x where XLA has it
+  uint64_t timeout_ns;
+  int64_t half_bytes;  // of a region
+  CallSignature signature;
+  LaunchState* launch;
+  Failure* failure;
+  Control* controls[kMaxRanks];
+  char* regions[kMaxRanks];
+};
+
+#ifdef __CUDACC__
+#define JAX_MOE_EP_HOST_DEVICE __host__ __device__
+#else
+#define JAX_MOE_EP_HOST_DEVICE
+#endif
+
+JAX_MOE_EP_HOST_DEVICE inline int64_t AlignPart(int64_t bytes) {
+  return (bytes + kPartAlignment - 1) / kPartAlignment * kPartAlignment;
+}
+
+// The parts of one half of a region for one call. Offsets in bytes.
+struct RegionLayout {
+  int64_t staging = 0;   // [T, row_bytes] this rank's tokens
+  int64_t landing = 0;   // [R - 1, T, row_bytes] partials of the peers
+  int64_t weights = 0;   // [R, T, K] fp32 weights of all ranks
+  int64_t dweights = 0;  // [T, K] fp32 weight gradients of this rank
+  int64_t total = 0;
+
+  RegionLayout() = default;
+  JAX_MOE_EP_HOST_DEVICE RegionLayout(Op op,
+                                      bool is_one_process,
+                                      bool has_weights,
+                                      int num_ranks,
+                                      int64_t num_tokens,
+                                      int64_t top_k,
+                                      int64_t row_bytes) {
+    int64_t tokens = num_tokens * row_bytes, table = num_tokens * top_k * 4;
+    if (op != Op::kCombine && !is_one_process) staging = Take(tokens);
+    if (op == Op::kCombine) landing = Take((num_ranks - 1) * tokens);
+    if (has_weights) weights = Take(num_ranks * table);
+    if (op == Op::kCombineBackward) dweights = Take(table);
+  }
+
+ private:
+  JAX_MOE_EP_HOST_DEVICE int64_t Take(int64_t bytes) {
+    int64_t start = total;
+    total += AlignPart(bytes);
+    return start;
+  }
+};
+
+}  // namespace jax_moe_ep
+
+#endif  // JAX_MOE_EP_LAYOUT_H_

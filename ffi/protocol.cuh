@@ -1,0 +1,247 @@
+// The steps of one call of a group, on one rank.
+//
+//   Begin      the first block waits its turn, takes the next epoch e, waits until every peer has
+//              consumed e - 2, and tells the peers where this rank's data is, unless it must be
+//              staged first
+//   Stage      blocks copy chunks to where peers read them; who copies the last one tells the peers
+//   items      blocks claim them from a counter; one that needs a peer's data waits for it
+//   Finish     whoever does the last item tells the peers that this rank reads nothing of e any
+//   more,
+//              and lets the next call begin
+//   End        every block; the last one to leave poisons the results if a rank gave up
+//
+// No block owns work that others wait for: whatever runs claims all of it, so a kernel moves on
+// with a single block resident. docs/design.md numbers the happens-before edges; the numbers stand
+// here.
+
+#ifndef JAX_MOE_EP_PROTOCOL_CUH_
+#define JAX_MOE_EP_PROTOCOL_CUH_
+
+#include "ptx.cuh"
+#include "rows.cuh"
+#include "signal.cuh"
+
+namespace jax_moe_ep {
+
+inline constexpr int64_t kNoItem = INT64_MAX;
+
+__device__ inline Control* OwnControl(const GroupView& group) { return group.controls[group.rank]; }
+
+// The rank `offset` places behind this one: ranks start at different peers.
+__device__ inline int Peer(const GroupView& group, int offset) {
+  int peer = group.rank + offset;
+  return peer < group.num_ranks ? peer : peer - group.num_ranks;
+}
+
+__device__ inline char* Half(const GroupView& group, int rank, uint64_t epoch) {
+  return group.regions[rank] + (epoch & 1) * group.half_bytes;
+}
+
+// Edge 1. The caller has seen all that the peers will read.
+__device__ inline void Publish(const GroupView& group, uint64_t epoch, const void* address) {
+  for (int offset = 1; offset < group.num_ranks; ++offset) {
+    Control* peer = group.controls[Peer(group, offset)];
+    CallRecord* record = &peer->records[epoch & 1][group.rank];
+    record->signature = group.signature;
+    record->address = static_cast<const char*>(address);
+    StoreReleaseSystem(&peer->ready[group.rank], epoch);
+  }
+}
+
+__device__ inline uint64_t BeginFirst(const GroupView& group) {
+  Control* own = OwnControl(group);
+  if (own->fault.skips) return kAborted;
+  for (uint64_t start = TimeNs(); TimeNs() - start < own->fault.delay_ns;) __nanosleep(1000);
+  Failure failure{};
+  if (uint32_t abort = LoadRelaxedSystem(&own->abort); abort != 0) {
+    failure.kind = FailureKind::kPeer;
+    failure.peer = static_cast<int32_t>(abort) - 1;
+    Fail(group, failure);
+    return kAborted;
+  }
+  failure.phase = Phase::kLock;
+  failure.peer = group.rank;
+  auto nothing = [] { return uint64_t{0}; };
+  if (!WaitUntil(group, [&] { return TryLockDevice(&own->is_locked); }, nothing, failure)) {
+    return kAborted;
+  }
+  uint64_t epoch = own->epoch + 1;
+  // Edge 6: what this call writes to the halves of its parity was last read two calls ago.
+  for (int offset = 1; epoch > 2 && offset < group.num_ranks; ++offset) {
+    int peer = Peer(group, offset);
+    if (!WaitForFlag(group, &own->consumed[peer], epoch - 2, Phase::kConsumed, peer)) {
+      return kAborted;
+    }
+  }
+  return epoch;
+}
+
+// One thread of each block, which passes the epoch on. kAborted: there is nothing to do but End.
+__device__ inline uint64_t Begin(const GroupView& group, bool must_stage, const void* address) {
+  LaunchState* launch = group.launch;
+  uint64_t epoch;
+  if (AddAcqRelDevice(&launch->arrivals, 1) == 0) {
+    epoch = BeginFirst(group);
+    if (epoch != kAborted && !must_stage) Publish(group, epoch, address);
+    StoreReleaseDevice(&launch->epoch, epoch);
+    return epoch;
+  }
+  // The first block gives up in time.
+  while ((epoch = LoadAcquireDevice(&launch->epoch)) == 0) __nanosleep(32);
+  return epoch;
+}
+
+// The next number of a counter, or kNoItem once a rank gave up.
+__device__ inline int64_t Claim(const GroupView& group, uint64_t* counter) {
+  if (HasAborted(group)) return kNoItem;
+  return static_cast<int64_t>(AddRelaxedDevice(counter, 1));
+}
+
+// All lanes of a warp get the same.
+__device__ inline int64_t ClaimByWarp(const GroupView& group, uint64_t* counter) {
+  int64_t item = 0;
+  if (threadIdx.x % kWarpSize == 0) item = Claim(group, counter);
+  return __shfl_sync(kAllLanes, item, 0);
+}
+
+// Copies 16 KB of 16-byte vectors at a time, or what is left of them.
+inline constexpr int64_t kChunkVectors = 1024;
+
+inline int64_t NumChunks(int64_t bytes) {
+  return (bytes + kChunkVectors * kVecBytes - 1) / (kChunkVectors * kVecBytes);
+}
+
+__device__ inline void CopyChunk(const uint4* from, uint4* to, int64_t chunk, int64_t num_vectors) {
+  int64_t end = min((chunk + 1) * kChunkVectors, num_vectors);
+#pragma unroll 4
+  for (int64_t i = chunk * kChunkVectors + threadIdx.x % kWarpSize; i < end; i += kWarpSize) {
+    to[i] = from[i];
+  }
+}
+
+// Every warp: copy(chunk) for chunks that are claimed until all are; then the peers are told.
+template <typename Copy>
+__device__ void Stage(
+    const GroupView& group, uint64_t epoch, const void* address, int64_t num_chunks, Copy copy) {
+  LaunchState* launch = group.launch;
+  int64_t count = 0;
+  for (int64_t chunk; (chunk = ClaimByWarp(group, &launch->staging)) < num_chunks; ++count) {
+    copy(chunk);
+  }
+  __syncwarp();
+  if (threadIdx.x % kWarpSize != 0 || count == 0) return;
+  // Edge 2, on the writer's side: peers may read it with bulk copies.
+  ptx::FenceProxyAsync();
+  int64_t before = static_cast<int64_t>(AddAcqRelDevice(&launch->staged, count));
+  if (before + count == num_chunks) Publish(group, epoch, address);
+}
+
+__device__ inline bool AreEqual(const CallSignature& a, const CallSignature& b) {
+  return a.op == b.op && a.top_k == b.top_k && a.num_tokens == b.num_tokens &&
+         a.row_bytes == b.row_bytes && a.options == b.options;
+}
+
+// Edge 2. One thread: until the peer's data of this call can be read by it, or through a barrier by
+// others. False when a rank gave up, or the peer is in another call.
+__device__ inline bool WaitForReady(const GroupView& group, uint64_t epoch, int peer) {
+  if (peer == group.rank) return true;
+  Control* own = OwnControl(group);
+  if (!WaitForFlag(group, &own->ready[peer], epoch, Phase::kReady, peer)) return false;
+  ptx::FenceProxyAsync();
+  const CallSignature& theirs = own->records[epoch & 1][peer].signature;
+  if (AreEqual(theirs, group.signature)) return true;
+  Failure failure{};
+  failure.kind = FailureKind::kMismatch;
+  failure.phase = Phase::kReady;
+  failure.peer = peer;
+  failure.expected = epoch;
+  failure.theirs = theirs;
+  Fail(group, failure);
+  return false;
+}
+
+// Where tokens of a rank can be read once it is ready: `x` for this one.
+__device__ inline const char* TokensOf(
+    const GroupView& group, uint64_t epoch, int source, const char* x, int64_t staging_offset) {
+  if (source == group.rank) return x;
+  if (group.is_one_process) return OwnControl(group)->records[epoch & 1][source].address;
+  return Half(group, source, epoch) + staging_offset;
+}
+
+// Adds items that are done. True for the thread that completes all of them.
+__device__ inline bool Complete(uint64_t* counter, int64_t count, int64_t total) {
+  if (count == 0) return false;
+  return static_cast<int64_t>(AddAcqRelDevice(counter, count)) + count == total;
+}
+
+// Edge 5. One thread, when all items are done.
+__device__ inline void TellConsumed(const GroupView& group, uint64_t epoch) {
+  for (int offset = 1; offset < group.num_ranks; ++offset) {
+    StoreReleaseSystem(&group.controls[Peer(group, offset)]->consumed[group.rank], epoch);
+  }
+}
+
+// The same thread, then. `must_wait`: peers read memory of XLA's, which is reused once this kernel
+// ends.
+__device__ inline void Finish(const GroupView& group, uint64_t epoch, bool must_wait) {
+  Control* own = OwnControl(group);
+  for (int offset = 1; must_wait && offset < group.num_ranks; ++offset) {
+    int peer = Peer(group, offset);
+    if (!WaitForFlag(group, &own->consumed[peer], epoch, Phase::kFinish, peer)) return;
+  }
+  own->epoch = epoch;
+  UnlockDevice(&own->is_locked);
+}
+
+// All threads of every block, once its work is done and visible to it.
+template <typename Poison>
+__device__ void End(const GroupView& group, Poison poison) {
+  LaunchState* launch = group.launch;
+  __shared__ bool is_last, is_poisoned;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    is_last = AddAcqRelDevice(&launch->exits, 1) == gridDim.x - 1;
+    is_poisoned = is_last && (launch->epoch == kAborted || HasAborted(group));
+    if (is_last) *launch = LaunchState{};  // for the next launch
+  }
+  __syncthreads();
+  if (is_poisoned) poison();
+}
+
+// All bits set: NaN in every floating type of the ops, -1 in signed integers.
+__device__ inline void PoisonByBlock(void* begin, int64_t bytes) {
+  char* out = static_cast<char*>(begin);
+  for (int64_t i = threadIdx.x; i < bytes / kVecBytes; i += blockDim.x) {
+    reinterpret_cast<uint4*>(out)[i] = make_uint4(~0u, ~0u, ~0u, ~0u);
+  }
+  int64_t tail = bytes / kVecBytes * kVecBytes + threadIdx.x;
+  if (tail < bytes) out[tail] = static_cast<char>(0xff);
+}
+
+// In which order a rank pulls the tokens of all ranks: some of its own, while peers become ready,
+// then one of each rank in turn, so that link and memory work side by side.
+struct PullOrder {
+  int64_t num_tokens;
+  int64_t lead;  // own tokens first
+
+  __device__ int64_t size(int num_ranks) const { return lead + num_tokens * num_ranks; }
+
+  // False where own tokens have run out.
+  __device__ bool Find(const GroupView& group,
+                       int64_t position,
+                       int* source,
+                       int64_t* token) const {
+    *source = group.rank;
+    *token = position;
+    if (position < lead) return true;
+    position -= lead;
+    int offset = static_cast<int>(position % group.num_ranks);
+    *source = Peer(group, offset);
+    *token = position / group.num_ranks + (offset == 0 ? lead : 0);
+    return *token < num_tokens;
+  }
+};
+
+}  // namespace jax_moe_ep
+
+#endif  // JAX_MOE_EP_PROTOCOL_CUH_

@@ -1,0 +1,50 @@
+"""A layer on two GPUs whose experts are the first matmuls of the process; see test_group.py."""
+
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+import jax_moe_ep as ep
+
+T, K, E, H, R = 256, 4, 16, 512, 2
+
+
+def main() -> None:
+    mesh = Mesh(np.array(jax.devices()[:R]), ("expert",))
+    config = ep.EpConfig(E, "expert", alignment=16, implementation="cuda", timeout_s=60.0)
+    rng = np.random.default_rng(0)
+    ids = np.argsort(rng.random((R * T, E)), axis=1)[:, :K].astype(np.int32)
+    x = rng.integers(-4, 4, (R * T, H)).astype(np.float32)
+    scales = np.repeat(np.arange(1, E + 1, dtype=np.float32), H * H).reshape(E, H, H)
+    experts = jnp.asarray(scales * np.eye(H, dtype=np.float32))
+    has_tokamax = importlib.util.find_spec("tokamax") is not None
+
+    def grouped(rows, weights, group_sizes):
+        if has_tokamax:
+            import tokamax
+
+            return tokamax.ragged_dot(rows, weights, group_sizes)
+        return jax.lax.ragged_dot(rows, weights, group_sizes)
+
+    def step(x, ids, experts):
+        plan = ep.plan(ids, config)
+        rows = ep.dispatch(x, plan)
+        y = rows @ jnp.eye(H) + grouped(rows, experts, plan.group_sizes)
+        return ep.combine(jnp.round(y), plan)
+
+    spec = P("expert")
+    run = jax.jit(jax.shard_map(step, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False))
+    want = x * (ids + 2).sum(1, keepdims=True)
+    for _ in range(3):
+        out = np.asarray(run(x, ids, experts))
+        wrong = int((out != want).sum())
+        assert wrong == 0, f"{wrong} of {want.size} wrong"
+    ep.check()
+    print("right", "with tokamax" if has_tokamax else "without tokamax")
+
+
+main()

@@ -1,0 +1,264 @@
+"""What a group says when it fails: one case a process, run by test_group_failures.py.
+
+    python tests/failure_cases.py NAME [RANK COORDINATOR]
+
+With a rank, the process drives one GPU of two.
+"""
+
+import dataclasses
+import os
+import signal
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jax_moe_ep as ep
+from jax_moe_ep import cuda
+
+T, K, E, H, R = 64, 4, 16, 256, 2
+TIMEOUT_S = 2.0
+SPEC = P("expert")
+
+
+class Group:
+    """Two GPUs, a plan on them, and programs of calls."""
+
+    def __init__(self, **options):
+        self.mesh = Mesh(np.array(jax.devices()[:R]), ("expert",))
+        self.config = self.make_config(**options)
+        rng = np.random.default_rng(0)
+        ids = np.argsort(rng.random((R, T, E)), axis=2)[..., :K].astype(np.int32)
+        self.ids = self.spread(ids)
+        self.x = self.spread(rng.integers(-4, 4, (R, T, H)).astype(np.float32))
+        self.plan = self.run(lambda ids: ep.plan(ids, self.config), self.ids)
+
+    def make_config(self, **options):
+        return ep.EpConfig(
+            E, "expert", implementation="cuda", **{"timeout_s": TIMEOUT_S, **options}
+        )
+
+    def spread(self, array):
+        sharding = NamedSharding(self.mesh, SPEC)
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+    def program(self, op):
+        def shard(*args):
+            args = jax.tree.map(lambda leaf: leaf[0], args)
+            return jax.tree.map(lambda leaf: leaf[None], op(*args))
+
+        return jax.jit(
+            jax.shard_map(shard, mesh=self.mesh, in_specs=SPEC, out_specs=SPEC, check_vma=False)
+        )
+
+    def run(self, op, *args):
+        return jax.block_until_ready(self.program(op)(*args))
+
+    def round_trip(self):
+        """x, K times over."""
+        return self.program(lambda x, plan: ep.combine(ep.dispatch(x, plan), plan))
+
+
+def mine(array):
+    """This process's part of a result, without a collective."""
+    return np.stack([np.asarray(shard.data)[0] for shard in array.addressable_shards])
+
+
+def is_right(group, out):
+    return bool((mine(out) == K * mine(group.x)).all())
+
+
+def error_of(action):
+    """The text of the error that it raises."""
+    try:
+        jax.block_until_ready(action())
+    except Exception as error:  # JAX wraps errors of calls in several types
+        return str(error)
+    raise AssertionError("no error")
+
+
+def device_of(rank):
+    return jax.devices()[rank].local_hardware_id
+
+
+def set_fault(rank, **fault):
+    cuda.extension("test").set_fault(device=device_of(rank), **fault)
+
+
+# One process.
+
+
+def stopped_and_reset():
+    """Rank 1 takes no part after a good call: poison, errors, and on after a reset."""
+    group = Group()
+    step = group.round_trip()
+    assert is_right(group, step(group.x, group.plan))
+    ep.check()
+    set_fault(1, skips=True)
+    start = time.monotonic()
+    out = jax.block_until_ready(step(group.x, group.plan))
+    seconds = time.monotonic() - start
+    assert TIMEOUT_S < seconds < 2 * TIMEOUT_S, seconds
+    assert np.isnan(mine(out)).all()
+    print("check:", error_of(ep.check))
+    start = time.monotonic()
+    print("next execution:", error_of(lambda: step(group.x, group.plan)))
+    assert time.monotonic() - start < TIMEOUT_S / 2
+    set_fault(1)
+    ep.reset()
+    ep.check()
+    for _ in range(3):
+        assert is_right(group, step(group.x, group.plan))
+    ep.check()
+
+
+def eight_calls_end_in_one_budget():
+    """A step of eight calls, replayed as a graph, gives up once and not eight times."""
+    group = Group()
+
+    def eight(x, plan):
+        for _ in range(4):
+            x = ep.combine(ep.dispatch(x, plan), plan) / K
+        return x
+
+    step = group.program(eight)
+    for _ in range(5):
+        out = step(group.x, group.plan)
+    assert (mine(out) == mine(group.x)).all()
+    before = cuda.extension("test").num_executions()
+    jax.block_until_ready(step(group.x, group.plan))
+    assert cuda.extension("test").num_executions() == before, "not replayed"
+    set_fault(1, skips=True)
+    start = time.monotonic()
+    out = jax.block_until_ready(step(group.x, group.plan))
+    seconds = time.monotonic() - start
+    assert seconds < 1.5 * TIMEOUT_S, seconds
+    assert np.isnan(mine(out)).all()
+    print(f"gave up in {seconds:.1f} s:", error_of(ep.check))
+
+
+def a_stall_survives():
+    """A rank 60 s late is waited for."""
+    group = Group(timeout_s=300.0)
+    step = group.program(lambda x, plan: ep.dispatch(x, plan))
+    want = mine(step(group.x, group.plan))
+    set_fault(1, delay_ns=60_000_000_000)
+    start = time.monotonic()
+    out = mine(step(group.x, group.plan))
+    seconds = time.monotonic() - start
+    assert 60 < seconds < 70, seconds
+    assert (out == want).all()
+    ep.check()
+    print("survived")
+
+
+def out_of_memory():
+    """One rank has no memory for its arena: both say so, and the next execution tries again."""
+    group = Group()
+    step = group.round_trip()
+    cuda.extension("test").fail_next_meeting(device_of(1), "out_of_memory")
+    print("error:", error_of(lambda: step(group.x, group.plan)))
+    assert is_right(group, step(group.x, group.plan))
+    ep.check()
+
+
+def no_peer_access():
+    group = Group()
+    step = group.round_trip()
+    cuda.extension("test").fail_next_meeting(device_of(0), "no_peer_access")
+    print("error:", error_of(lambda: step(group.x, group.plan)))
+
+
+# One process a GPU.
+
+
+def killed():
+    """Rank 1 dies between two steps. Rank 0 gives up after its budget, and says so in the next
+    step, long before jax.distributed's heartbeat (100 s by default) notices."""
+    group = Group()
+    step = group.round_trip()
+    assert is_right(group, step(group.x, group.plan))
+    if jax.process_index() == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(1)
+    start = time.monotonic()
+    out = mine(step(group.x, group.plan))
+    seconds = time.monotonic() - start
+    assert TIMEOUT_S / 2 < seconds < 3 * TIMEOUT_S, seconds
+    assert np.isnan(out).all()
+    print("check:", error_of(ep.check))
+    print("next execution:", error_of(lambda: step(group.x, group.plan)), flush=True)
+    os._exit(0)  # jax.distributed would wait for the other at the end
+
+
+def mismatched(rank_0, rank_1):
+    """Each rank runs its own program; plan and x are there, so the programs hold our calls only."""
+    group = Group()
+    step = group.round_trip()
+    assert is_right(group, step(group.x, group.plan))
+    program = (rank_0, rank_1)[jax.process_index()](group)
+    start = time.monotonic()
+    jax.block_until_ready(program())
+    assert time.monotonic() - start < 10 * TIMEOUT_S
+    print("check:", error_of(ep.check), flush=True)
+    os._exit(0)
+
+
+def combine_of(group):
+    y = group.run(lambda x, plan: ep.dispatch(x, plan), group.x, group.plan)
+    step = group.program(lambda y, plan: ep.combine(y, plan))
+    return lambda: step(y, group.plan)
+
+
+def dispatch_of(group):
+    group.run(lambda x, plan: ep.dispatch(x, plan), group.x, group.plan)
+    step = group.program(lambda x, plan: ep.dispatch(x * 1, plan))
+    return lambda: step(group.x, group.plan)
+
+
+def half_of(group):
+    """dispatch of half the columns."""
+    group.run(lambda x, plan: ep.dispatch(x, plan), group.x, group.plan)
+    step = group.program(lambda x, plan: ep.dispatch(x[:, : H // 2], plan))
+    return lambda: step(group.x, group.plan)
+
+
+def other_option_of(group):
+    """dispatch with another tail."""
+    group.run(lambda x, plan: ep.dispatch(x, plan), group.x, group.plan)
+    config = group.make_config(tail="undefined")
+
+    def op(x, plan):
+        return ep.dispatch(x, dataclasses.replace(plan, config=config))
+
+    step = group.program(op)
+    return lambda: step(group.x, group.plan)
+
+
+def another_order():
+    mismatched(dispatch_of, combine_of)
+
+
+def another_shape():
+    mismatched(dispatch_of, half_of)
+
+
+def another_option():
+    mismatched(dispatch_of, other_option_of)
+
+
+def main() -> None:
+    name = sys.argv[1]
+    if len(sys.argv) > 2:
+        rank, coordinator = int(sys.argv[2]), sys.argv[3]
+        jax.distributed.initialize(coordinator, R, rank, local_device_ids=[rank])
+    jnp.zeros(1).block_until_ready()
+    globals()[name]()
+    print("done:", name)
+
+
+main()

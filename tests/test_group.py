@@ -1,0 +1,359 @@
+"""The kernels between GPUs where they could go wrong: who waits for whom, what is reused, and when.
+
+Needs two GPUs, driven by one process or by one each. The semantic suite runs there too.
+"""
+
+import dataclasses
+import functools
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from helpers import (
+    AXIS,
+    Case,
+    assert_bitwise_equal,
+    assert_plans_equal,
+    collect,
+    make_floats,
+    make_ids,
+    make_mesh,
+    on_ranks,
+    one_process,
+    spread,
+)
+from jax import lax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+import jax_moe_ep as ep
+from jax_moe_ep import cuda
+
+R = 2
+GPUS = [device for device in jax.devices() if device.platform == "gpu"]
+pytestmark = pytest.mark.skipif(len(GPUS) < R, reason="needs two GPUs")
+
+BASE = Case(T=64, K=4, E=16, R=R, A=8, H=256)
+TIMEOUT_S = 20.0  # a hang is an error that says who waits
+DELAY_NS = 200_000
+
+
+def cuda_config(case, axis_name=AXIS, **options):
+    return dataclasses.replace(case.config("cuda", axis_name), timeout_s=TIMEOUT_S, **options)
+
+
+@pytest.fixture(autouse=True)
+def no_failure():
+    yield
+    set_delay(None)
+    ep.check()
+
+
+def set_delay(rank, ns=DELAY_NS):
+    """Calls of this rank begin late; None: of nobody."""
+    for i, device in enumerate(GPUS[:R]):
+        if device.process_index == jax.process_index():
+            delay = ns if i == rank else 0
+            cuda.extension("test").set_fault(device=device.local_hardware_id, delay_ns=delay)
+
+
+def run_on(mesh, op, *args, axes=(AXIS,), check_vma=True):
+    """op on every rank of the mesh; arguments and results hold the ranks in front."""
+    run = on_ranks(op, mesh, axes, check_vma)
+    return collect(run(*spread(args, mesh, P(*axes))))
+
+
+@functools.cache
+def layer_of(config):
+    """Plan, rows, output of experts that square, and gradients."""
+
+    def layer(x, ids, weights, dout):
+        plan = ep.plan(ids, config)
+        rows, pull_rows = jax.vjp(lambda x: ep.dispatch(x, plan), x)
+        y = lax.optimization_barrier(rows * rows)
+        out, pull = jax.vjp(lambda y, w: ep.combine(y, plan, w), y, weights)
+        dy, dw = pull(dout)
+        return plan, rows, out, dy, dw, pull_rows(rows)[0]
+
+    return layer
+
+
+def make_inputs(case, maker="uniform", seed=0):
+    return (
+        make_floats(R, case.T, case.H, seed=seed),
+        make_ids(maker, case, seed),
+        make_floats(R, case.T, case.K, seed=seed + 1),
+        make_floats(R, case.T, case.H, seed=seed + 2),
+    )
+
+
+def assert_layer_right(results, case, inputs):
+    x, ids, weights, dout = inputs
+    plan, rows, out, dy, dw, dx = results
+    expected = oracle.plan(case, ids)
+    slots, owners = expected["slots"], expected["owners"]
+    assert_plans_equal(plan, expected)
+    want = oracle.dispatch(case, x, slots)
+    assert_bitwise_equal(rows, want, "rows")
+    y = want * want
+    assert_bitwise_equal(out, oracle.combine(case, y, slots, owners, weights), "out")
+    want_dy, want_dw = oracle.combine_backward(case, dout, y, slots, weights)
+    want_dy[oracle.row_sources(case, slots) < 0] = 0
+    assert_bitwise_equal(dy, want_dy, "dy")
+    np.testing.assert_allclose(dw, want_dw, rtol=1e-4, atol=1e-4)
+    assert (dw[owners < 0] == 0).all()
+    assert_bitwise_equal(dx, oracle.combine(case, want, slots, owners), "dx")
+
+
+def check_layer(case, maker="uniform", mesh=None, **options):
+    inputs = make_inputs(case, maker)
+    mesh = make_mesh(R) if mesh is None else mesh
+    results = run_on(mesh, layer_of(cuda_config(case, **options)), *inputs)
+    assert_layer_right(results, case, inputs)
+
+
+# Meshes.
+
+
+@one_process
+def test_a_mesh_in_reverse_right_after_one_in_order():
+    """A11: the same shapes, options and devices; the ranks have changed."""
+    for devices in (GPUS[:2], GPUS[1::-1], GPUS[:2]):
+        check_layer(BASE, mesh=Mesh(np.array(devices), (AXIS,)))
+
+
+@pytest.mark.parametrize("axes", [("a", "b"), ("b", "a")])
+@pytest.mark.parametrize("shape", [(1, 2), (2, 1)])
+def test_a_group_over_two_axes(shape, axes):
+    mesh = Mesh(np.array(GPUS[:2]).reshape(shape), ("a", "b"))
+    inputs = make_inputs(BASE)
+    layer = layer_of(cuda_config(BASE, axes))
+    assert_layer_right(run_on(mesh, layer, *inputs, axes=(axes,)), BASE, inputs)
+
+
+def test_groups_of_one_beside_each_other():
+    """Two groups of one rank: no arena, no waiting, each its own tokens."""
+    case = dataclasses.replace(BASE, R=1)
+    mesh = Mesh(np.array(GPUS[:2]).reshape(2, 1), ("data", AXIS))
+    layer = layer_of(cuda_config(case))
+    inputs = make_inputs(dataclasses.replace(case, R=2))
+    results = run_on(mesh, layer, *[x[:, None] for x in inputs], axes=("data", AXIS))
+    for i in range(2):
+        mine = jax.tree.map(lambda leaf, i=i: leaf[i], results)
+        assert_layer_right(mine, case, [x[i : i + 1] for x in inputs])
+
+
+# Routings at the edges.
+
+
+@pytest.mark.parametrize("maker", ["masked", "one_rank", "one_expert", "empty_expert"])
+def test_a_rank_with_no_rows_or_no_tokens(maker):
+    """masked: the last rank has no tokens. one_rank: the first has no rows."""
+    check_layer(BASE, maker)
+
+
+def test_drops_at_one_receiver_only():
+    case = dataclasses.replace(BASE, capacity=2 * BASE.T)
+    ids = make_ids("one_rank", case)
+    assert oracle.plan(case, ids)["num_dropped"].tolist()[0] == 0
+    assert oracle.plan(case, ids)["num_dropped"].tolist()[1] > 0
+    check_layer(case, "one_rank")
+
+
+@pytest.mark.parametrize("num_sms", [1, 2])
+def test_few_sms(num_sms):
+    check_layer(BASE, num_sms=num_sms)
+
+
+@pytest.mark.parametrize("hidden", [4, 64 * 1024], ids=["16B", "256KB"])
+def test_row_lengths(hidden):
+    check_layer(dataclasses.replace(BASE, T=8, H=hidden))
+
+
+def test_more_tokens_than_flags():
+    """T = 16,384 + 40: neighbouring tokens share a flag."""
+    case = Case(T=16 * 1024 + 40, K=2, E=8, R=R, A=1, H=8)
+    config = cuda_config(case)
+
+    def step(x, ids):
+        plan = ep.plan(ids, config)
+        return ep.combine(ep.dispatch(x, plan), plan)
+
+    x, ids, *_ = make_inputs(case, "masked")
+    count = ((ids >= 0) & (ids < case.E)).sum(-1, keepdims=True)
+    out = run_on(make_mesh(R), step, x, ids)
+    assert_bitwise_equal(out, np.where(count == 0, 0, count * x).astype(np.float32) + 0)
+
+
+@pytest.mark.parametrize("epoch", [2**32 - 3, 2**63 - 3])
+def test_epochs_pass_the_ends_of_32_and_63_bits(epoch):
+    check_layer(BASE)
+    cuda.extension("test").set_epoch(epoch)
+    for _ in range(3):
+        check_layer(BASE)
+
+
+def test_a_hog_on_most_sms():
+    """Blocks that cannot run yet own no work that others wait for."""
+    check_layer(BASE)  # compiled
+    for device in GPUS[:R]:
+        if device.process_index == jax.process_index():
+            cuda.extension("test").hog(device=device.local_hardware_id, num_sms=130, ns=300_000_000)
+    check_layer(BASE)
+
+
+# What is reused, and when.
+
+
+def loop(config, num_steps, x, ids, base_all):
+    """Steps of dispatch with x new in each and overwritten right after it; wrong rows in all."""
+    plan = ep.plan(ids, config)
+    source = ep.row_sources(plan)
+
+    def step(i, carry):
+        x, wrong = carry
+        rows = ep.dispatch(x, plan)
+        fresh = base_all + i.astype(base_all.dtype)
+        want = jnp.where(source[:, None] >= 0, fresh[source // plan.top_k], 0)
+        return x + 1, wrong + (rows != want).sum()
+
+    return lax.fori_loop(0, num_steps, step, (x, jnp.zeros((), jnp.int32)))[1]
+
+
+@pytest.mark.parametrize("late", [0, 1, None])
+def test_tokens_are_not_overwritten_before_they_are_read(late):
+    """x is written by the fusion before each dispatch, and again while the late rank reads."""
+    config = cuda_config(BASE)
+    base = np.round(make_floats(R, BASE.T, BASE.H) * 16)
+
+    def program(x, ids):
+        return loop(config, 50, x, ids, lax.all_gather(x, AXIS, tiled=True))
+
+    ids = make_ids("uniform", BASE)
+    run_on(make_mesh(R), program, base, ids, check_vma=False)  # the group has met
+    set_delay(late)
+    wrong = run_on(make_mesh(R), program, base, ids, check_vma=False)
+    assert wrong.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("num_shapes", [1, 2])
+def test_a_thousand_combines_with_changing_rows(num_shapes):
+    """The landing areas of both parities are reused with either rank ahead; with two shapes that
+    lie differently in one region. Values are small integers: sums are exact."""
+    cases = [BASE, dataclasses.replace(BASE, T=24, H=128)][:num_shapes]
+    configs = [cuda_config(case) for case in cases]
+    ids = [make_ids("uniform", case) for case in cases]
+
+    def program(*ids):
+        plans = [ep.plan(i, config) for i, config in zip(ids, configs, strict=True)]
+
+        def step(i, wrong):
+            for case, plan in zip(cases, plans, strict=True):
+                rank = lax.axis_index(AXIS)
+                row = jnp.arange(plan.capacity, dtype=jnp.float32)[:, None] % 13
+                y = row + i + rank + jnp.zeros((1, case.H))
+                out = ep.combine(y, plan)
+                want = jnp.zeros((case.T, case.H))
+                landed = lax.all_gather(plan.slots, AXIS).reshape(R, R, case.T, case.K)
+                for peer in range(R):
+                    slots = landed[peer, rank]
+                    value = (slots % 13) + i + peer
+                    want += jnp.where(slots >= 0, value, 0).sum(-1, keepdims=True)
+                wrong += (out != want).sum()
+            return wrong
+
+        return lax.fori_loop(0, 100, step, jnp.zeros((), jnp.int32))
+
+    for turn in range(10):
+        wrong = run_on(make_mesh(R), program, *ids, check_vma=False)
+        assert wrong.tolist() == [0, 0], turn
+        set_delay(turn % 2, 20_000)
+
+
+def test_the_same_bits_on_every_run():
+    case = dataclasses.replace(BASE, K=8)
+    inputs = make_inputs(case)
+    layer = layer_of(cuda_config(case))
+    first = run_on(make_mesh(R), layer, *inputs)
+    for turn in range(10):
+        set_delay(turn % 3 if turn % 3 < 2 else None)
+        again = run_on(make_mesh(R), layer, *inputs)
+        for got, want in zip(jax.tree.leaves(again), jax.tree.leaves(first), strict=True):
+            assert_bitwise_equal(got, want)
+
+
+def test_calls_without_a_dependency_between_them():
+    """A10: two layers beside each other in one program, with two routings."""
+    config = cuda_config(BASE)
+
+    def program(x, first, second):
+        plans = [ep.plan(ids, config) for ids in (first, second)]
+        return [ep.combine(ep.dispatch(x, plan), plan) for plan in plans]
+
+    x, *_ = make_inputs(BASE)
+    ids = [make_ids("uniform", BASE, seed) for seed in (0, 1)]
+    for out in run_on(make_mesh(R), program, x, *ids):
+        assert_bitwise_equal(out, x * np.float32(BASE.K))
+
+
+def test_captured_and_replayed_with_other_routings():
+    """C3, C5: 200 executions of changing routing with few launches by the host."""
+    config = cuda_config(BASE)
+
+    def program(x, ids):
+        for _ in range(4):
+            plan = ep.plan(ids, config)
+            x = ep.combine(ep.dispatch(x, plan), plan)
+        return x
+
+    x = np.round(make_floats(R, BASE.T, BASE.H) * 8)
+    mesh = make_mesh(R)
+    run = on_ranks(program, mesh)
+    routings = [spread(make_ids("uniform", BASE, seed), mesh, P(AXIS)) for seed in range(4)]
+    x = spread(x, mesh, P(AXIS))
+    want = collect(x) * np.float32(BASE.K**4) + np.float32(0)  # combine has no -0
+    assert_bitwise_equal(collect(run(x, routings[0])), want)
+    before = cuda.extension("test").num_executions()
+    for i in range(200):
+        out = run(x, routings[i % 4])
+        if i % 20 == 0:
+            assert_bitwise_equal(collect(out), want)
+    assert_bitwise_equal(collect(out), want)
+    executions = cuda.extension("test").num_executions() - before
+    assert executions < 200 * 8 * len(jax.local_devices()) / 2
+
+
+# In a process of its own.
+
+COLD = pathlib.Path(__file__).parent / "cold_process.py"
+
+
+@one_process
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
+        {"XLA_PYTHON_CLIENT_ALLOCATOR": "platform"},
+        {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "JAX_MOE_EP_FORCE_VECTOR": "1"},
+        {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "JAX_MOE_EP_FORCE_STAGED": "1"},
+        {
+            "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+            "XLA_FLAGS": "--xla_gpu_graph_min_graph_size=1",
+        },
+    ],
+    ids=["bfc", "platform", "vector", "staged", "graphs"],
+)
+def test_in_a_cold_process(environment):
+    """The first cuBLAS and tokamax kernels load between dispatch and combine, which wait."""
+    command = [sys.executable, COLD]
+    done = subprocess.run(
+        command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "right" in done.stdout

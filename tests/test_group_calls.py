@@ -1,0 +1,183 @@
+"""The custom calls of groups, as far as a machine without GPUs shows them: who is in a group, what
+all ranks must agree on, and the memory they share."""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import AXIS, Case, make_floats, make_ids, make_mesh, on_ranks
+from jax.sharding import Mesh
+
+import jax_moe_ep as ep
+from jax_moe_ep import cuda
+
+pytestmark = pytest.mark.skipif(not cuda.has_extension(), reason="needs the CUDA extension")
+
+CASE = Case(T=4, K=2, E=8, R=2, H=16)
+GROUP_OPS = ("dispatch", "combine", "combine_backward")
+
+
+def lowered(mesh, axes, case=CASE, dtype=np.float32, **options):
+    """Forward and backward of a layer for CUDA: the text of each of our custom calls."""
+    config = dataclasses.replace(case.config("cuda", axes), **options)
+
+    def loss(x, ids, weights):
+        plan = ep.plan(ids, config)
+        rows = ep.dispatch(x, plan)
+        scaled = rows * ep.row_weights(weights, plan)[:, None].astype(rows.dtype)
+        return ep.combine(scaled, plan, weights).astype(jnp.float32).sum()
+
+    names = tuple(mesh.axis_names)
+    run = on_ranks(jax.grad(loss, (0, 2)), mesh, names)
+    shape = mesh.devices.shape
+    args = (
+        np.zeros((*shape, case.T, case.H), dtype),
+        np.zeros((*shape, case.T, case.K), np.int32),
+        np.zeros((*shape, case.T, case.K), np.float32),
+    )
+    text = run.trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+    calls = {}
+    for line in text.splitlines():
+        if found := re.search(r"custom_call @jax_moe_ep_(\w+)\(", line):
+            calls[found[1]] = line
+    return calls
+
+
+def attribute(call, name):
+    found = re.search(rf"\b{name} = (?:dense<([^>]*)>|(-?\w+))", call)
+    assert found, f"no {name} in {call}"
+    return found[1] or found[2]
+
+
+def groups_of(call):
+    ids = [int(i) for i in attribute(call, "groups").strip("[]").split(",")]
+    return np.array(ids).reshape(-1, int(attribute(call, "num_ranks"))).tolist()
+
+
+MESHES = {
+    "one_group": ((2,), (AXIS,), AXIS, [[0, 1]]),
+    "beside_data": ((2, 2), ("data", AXIS), AXIS, [[0, 1], [2, 3]]),
+    "data_inside": ((2, 2), (AXIS, "data"), AXIS, [[0, 2], [1, 3]]),
+    "two_axes": ((2, 2), ("a", "b"), ("a", "b"), [[0, 1, 2, 3]]),
+    "two_axes_in_reverse": ((2, 2), ("a", "b"), ("b", "a"), [[0, 2, 1, 3]]),
+    "around_another": ((2, 2, 2), ("a", "data", "b"), ("b", "a"), [[0, 4, 1, 5], [2, 6, 3, 7]]),
+}
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_groups_are_those_of_all_gather(name):
+    """In the forward and the backward call, and the same devices in the same order as XLA's own
+    all_gather over the axes, which brings each rank's place in the mesh here."""
+    shape, names, axes, expected = MESHES[name]
+    devices = jax.devices("cpu")[: int(np.prod(shape))]
+    mesh = Mesh(np.array(devices).reshape(shape), names)
+    case = dataclasses.replace(CASE, R=len(expected[0]))
+    calls = lowered(mesh, axes, case)
+    for op in GROUP_OPS:
+        assert groups_of(calls[f"group_{op}"]) == expected, op
+    places = np.arange(len(devices), dtype=np.int32).reshape(shape)
+    gathered = on_ranks(lambda place: jax.lax.all_gather(place, axes), mesh, names)(places)
+    assert sorted({tuple(row) for row in np.asarray(gathered).reshape(-1, case.R).tolist()}) == [
+        tuple(group) for group in sorted(expected)
+    ]
+
+
+def test_one_rank_asks_for_no_group():
+    calls = lowered(make_mesh(1), AXIS, dataclasses.replace(CASE, R=1))
+    assert not any(name.startswith("group_") for name in calls)
+    assert {"dispatch", "combine", "combine_backward"} <= calls.keys()
+
+
+def test_what_the_ranks_agree_on():
+    """The sizes are those of the call; options and dtypes change the hash, ranks do not."""
+    calls = lowered(make_mesh(2), AXIS, num_sms=5, timeout_s=1.5)
+    for name, op in zip(GROUP_OPS, (1, 2, 3), strict=True):
+        call = calls[f"group_{name}"]
+        expected = {
+            "op": op,
+            "num_tokens": 4,
+            "top_k": 2,
+            "row_bytes": 64,
+            "num_sms": 5,
+            "timeout_ns": 1_500_000_000,
+        }
+        assert {key: int(attribute(call, key)) for key in expected} == expected
+    plain = lowered(make_mesh(2), AXIS)
+    hashes = [
+        attribute(each["group_dispatch"], "options_hash")
+        for each in (
+            plain,
+            lowered(make_mesh(2), AXIS, alignment=8),
+            lowered(make_mesh(2), AXIS, tail="undefined"),
+            lowered(make_mesh(2), AXIS, dtype=jnp.bfloat16, case=dataclasses.replace(CASE, H=32)),
+        )
+    ]
+    assert len(set(hashes)) == len(hashes)
+    assert attribute(lowered(make_mesh(2), AXIS)["group_dispatch"], "options_hash") == hashes[0]
+
+
+def test_environment_for_tests(monkeypatch):
+    assert attribute(lowered(make_mesh(2), AXIS)["group_combine"], "force_staged") == "false"
+    monkeypatch.setenv("JAX_MOE_EP_FORCE_STAGED", "1")
+    monkeypatch.setenv("JAX_MOE_EP_FORCE_VECTOR", "1")
+    call = lowered(make_mesh(2), AXIS, timeout_s=3.0)["group_combine"]
+    assert attribute(call, "force_staged") == "true"
+    assert attribute(call, "force_vector") == "true"
+
+
+# ep.memory: the halves of a region hold one call, rounded up to a power of two; flags lie beside.
+
+MIB = 2**20
+
+
+def region(half):
+    """Two halves and a header, in multiples of 2 MiB."""
+    return -(-(2 * half + 256) // (2 * MIB)) * 2 * MIB
+
+
+def control_bytes():
+    return ep.memory(ep.EpConfig(8, AXIS), 1, 8, 1, "float32", 2).one_process - region(MIB)
+
+
+def test_memory_of_the_largest_call():
+    """T = 4096, H = 7168, bf16, R = 2: combine's landing of one peer, 58.7 MB, needs halves of
+    64 MiB; staging needs as much. In one process combine's backward has a small class."""
+    config = ep.EpConfig(256, AXIS)
+    memory = ep.memory(config, 4096, 7168, 8, jnp.bfloat16, 2)
+    control = control_bytes()
+    assert memory.several_processes == control + region(64 * MIB)
+    assert memory.one_process == control + region(64 * MIB) + region(MIB)
+    assert 4 * MIB <= control <= 8 * MIB
+
+
+def test_memory_grows_with_the_ranks():
+    """R = 8: landing of 7 peers, 411 MB, in halves of 512 MiB."""
+    memory = ep.memory(ep.EpConfig(256, AXIS), 4096, 7168, 8, jnp.bfloat16, 8)
+    assert memory.several_processes == control_bytes() + region(512 * MIB) + region(64 * MIB)
+
+
+def test_memory_of_nothing():
+    config = ep.EpConfig(8, AXIS)
+    assert ep.memory(config, 64, 64, 2, "float32", 1) == ep.ArenaBytes(0, 0)
+    assert ep.memory(config, 0, 64, 2, "float32", 2) == ep.ArenaBytes(0, 0)
+    reference = ep.EpConfig(8, AXIS, implementation="reference")
+    assert ep.memory(reference, 64, 64, 2, "float32", 2) == ep.ArenaBytes(0, 0)
+
+
+def test_check_and_reset_where_nothing_failed():
+    ep.check()
+    ep.reset()
+    ep.check()
+    plan = on_ranks(lambda ids: ep.plan(ids, CASE.config()), make_mesh(2))
+    x, ids = make_floats(2, CASE.T, CASE.H), make_ids("uniform", CASE)
+    rows = on_ranks(lambda x, ids: ep.dispatch(x, ep.plan(ids, CASE.config())), make_mesh(2))
+    assert rows(x, ids).shape == (2, int(plan(ids).capacity), CASE.H)
+
+
+def test_check_tells_all_failures(monkeypatch):
+    monkeypatch.setattr(cuda, "failures", lambda: ["rank 0 gave up", "rank 1 stopped"])
+    with pytest.raises(RuntimeError, match="rank 0 gave up\nrank 1 stopped"):
+        ep.check()
