@@ -14,11 +14,17 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 NUM_WARMUPS = 5
 NUM_REPEATS = 30
+NUM_WALL_REPEATS = 3  # a dry run: no GPU, nothing to report
 EXECUTION_GAP_NS = 2e6  # the host sleeps longer than this between two executions
+COMMON_START_NS = 10_000_000  # processes start an execution at multiples of this
+
+Span = list[float]  # start and end of a kernel or copy, in nanoseconds
 
 
 def time_us(step: Callable[..., Any], inputs: Sequence[tuple[Any, ...]]) -> float:
@@ -32,9 +38,25 @@ def time_us(step: Callable[..., Any], inputs: Sequence[tuple[Any, ...]]) -> floa
     return statistics.median(program_times_us(program, list(inputs))) / len(inputs)
 
 
-def program_times_us(program: Callable[..., Any], *args: Any) -> list[float]:
+def span_ns(events: Sequence[Span]) -> float:
+    """From the first start to the last end."""
+    return max(end for _, end in events) - min(start for start, _ in events)
+
+
+def busy_ns(events: Sequence[Span]) -> float:
+    """Time in which at least one of the events runs."""
+    total, last_end = 0.0, 0.0
+    for start, end in sorted(events):
+        total += max(end - max(start, last_end), 0.0)
+        last_end = max(last_end, end)
+    return total
+
+
+def program_times_us(
+    program: Callable[..., Any], *args: Any, duration: Callable[[Sequence[Span]], float] = span_ns
+) -> list[float]:
     """Microseconds of device time of each of NUM_REPEATS executions; with several GPUs, the
-    slowest one's."""
+    slowest one's, of all processes. `duration` is that of one execution's events on one GPU."""
     for _ in range(NUM_WARMUPS):
         jax.block_until_ready(program(*args))
     with tempfile.TemporaryDirectory() as folder:
@@ -42,29 +64,75 @@ def program_times_us(program: Callable[..., Any], *args: Any) -> list[float]:
             for _ in range(NUM_REPEATS):
                 jax.block_until_ready(program(*args))
                 time.sleep(2 * EXECUTION_GAP_NS * 1e-9)
+                _await_common_start()
         (trace,) = pathlib.Path(folder).rglob("*.xplane.pb")
         planes = jax.profiler.ProfileData.from_file(str(trace)).planes
-        by_device = [_execution_spans(p) for p in planes if p.name.startswith("/device:GPU")]
-    if not by_device or any(len(spans) != NUM_REPEATS for spans in by_device):
-        found = [len(spans) for spans in by_device]
-        raise RuntimeError(f"expected {NUM_REPEATS} executions on every GPU, the trace has {found}")
-    return [max(spans) * 1e-3 for spans in zip(*by_device, strict=True)]
+        by_device = [_executions(p) for p in planes if p.name.startswith("/device:GPU")]
+    by_device = [executions for executions in by_device if executions]
+    found = [len(executions) for executions in by_device]
+    is_complete = found == [NUM_REPEATS] * _num_local_devices(args)
+    slowest = [np.nan] * NUM_REPEATS
+    if is_complete:
+        slowest = [max(map(duration, each)) * 1e-3 for each in zip(*by_device, strict=True)]
+    slowest = _largest_of_processes(slowest)
+    if np.isnan(slowest).any():
+        raise RuntimeError(
+            f"expected {NUM_REPEATS} executions on each of {_num_local_devices(args)} GPUs, the "
+            f"trace of this process has {found}"
+        )
+    return slowest.tolist()
 
 
-def _execution_spans(plane: Any) -> list[float]:
-    """Nanoseconds from first start to last end of each run of events without a long gap."""
+def wall_times_us(program: Callable[..., Any], *args: Any, **_: Any) -> list[float]:
+    """The host's time of a few executions: to try a benchmark out without a GPU."""
+    times = []
+    for _ in range(1 + NUM_WALL_REPEATS):
+        start = time.perf_counter()
+        jax.block_until_ready(program(*args))
+        times.append((time.perf_counter() - start) * 1e6)
+    return _largest_of_processes(times[1:]).tolist()
+
+
+def _await_common_start() -> None:
+    """Lets the processes of one host start at the same time, by the clock that they share.
+
+    Otherwise the GPU of the first would wait for the last, and that would be counted.
+    """
+    if jax.process_count() > 1:
+        now = time.monotonic_ns()
+        start = (now // COMMON_START_NS + 1) * COMMON_START_NS
+        while time.monotonic_ns() < start:
+            pass
+
+
+def _largest_of_processes(times: Sequence[float]) -> np.ndarray:
+    if jax.process_count() == 1:
+        return np.asarray(times)
+    return np.asarray(multihost_utils.process_allgather(np.asarray(times, np.float32))).max(0)
+
+
+def _num_local_devices(args: Any) -> int:
+    """The devices of this process that hold a part of the arguments."""
+    shardings = [leaf.sharding for leaf in jax.tree.leaves(args) if isinstance(leaf, jax.Array)]
+    return len({device for each in shardings for device in each.addressable_devices})
+
+
+def _executions(plane: Any) -> list[list[Span]]:
+    """The events of a GPU, divided where there is a long gap."""
     events = sorted(
-        (event.start_ns, event.start_ns + event.duration_ns)
+        [event.start_ns, event.start_ns + event.duration_ns]
         for line in plane.lines
         if line.name.startswith("Stream")
         for event in line.events
     )
-    spans: list[list[float]] = []
+    executions: list[list[Span]] = []
+    last_end = 0.0
     for start, end in events:
-        if not spans or start - spans[-1][1] > EXECUTION_GAP_NS:
-            spans.append([start, end])
-        spans[-1][1] = max(spans[-1][1], end)
-    return [end - start for start, end in spans]
+        if not executions or start - last_end > EXECUTION_GAP_NS:
+            executions.append([])
+        executions[-1].append([start, end])
+        last_end = max(last_end, end)
+    return executions
 
 
 def environment() -> dict[str, Any]:
@@ -101,9 +169,11 @@ def _arguments() -> list[str]:
     return arguments
 
 
-def save(name: str, rows: list[dict[str, Any]], folder: pathlib.Path = RESULTS) -> pathlib.Path:
-    """Writes rows with their environment to folder/name.json."""
+def save(
+    name: str, rows: list[dict[str, Any]], folder: pathlib.Path = RESULTS, **more: Any
+) -> pathlib.Path:
+    """Writes rows with their environment, and what more belongs to them, to folder/name.json."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
-    path.write_text(json.dumps({**environment(), "rows": rows}, indent=1) + "\n")
+    path.write_text(json.dumps({**environment(), **more, "rows": rows}, indent=1) + "\n")
     return path

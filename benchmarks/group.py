@@ -1,0 +1,174 @@
+"""How an op is measured between GPUs: its inputs on every rank, the programs that call it."""
+
+import dataclasses
+import functools
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jax_moe_ep as ep
+from benchmarks.shapes import GroupShape
+from benchmarks.stock import AXIS, StockPlan, stock_plan
+from benchmarks.timing import program_times_us
+
+BYTES_BEYOND_L2 = 400e6  # several times the 50 MB of an H200
+MOST_BUFFER_BYTES = 12e9  # of the rows that one program reads, and of those that it writes
+USUAL_CALLS, MOST_CALLS = 16, 32  # of one program
+NUM_ITERATIONS = 100
+TIMEOUT_S = 60.0
+
+
+class Inputs(NamedTuple):
+    """Of one call, on one rank."""
+
+    ids: jax.Array
+    plan: ep.Plan
+    x: jax.Array
+    y: jax.Array
+    weights: jax.Array
+    stock: StockPlan | None
+
+
+Step = Callable[[Inputs], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """Where and how everything is measured.
+
+    times: program_times_us, or wall_times_us to try the benchmark out.
+    peer_gbps: GB/s of a peer copy, if it is known from elsewhere.
+    """
+
+    mesh: Mesh
+    implementation: Any = "cuda"
+    times: Callable[..., list[float]] = program_times_us
+    most_calls: int = MOST_CALLS
+    num_iterations: int = NUM_ITERATIONS
+    peer_gbps: float | None = None
+
+    def config(self, shape: GroupShape) -> ep.EpConfig:
+        more = {"timeout_s": TIMEOUT_S} if self.implementation == "cuda" else {}
+        return shape.config(implementation=self.implementation, **more)
+
+    def on_ranks(self, op: Callable[..., Any]) -> Callable[..., Any]:
+        """op on every rank's shard, jitted; arrays have one entry a rank in front."""
+
+        def shard(*args: Any) -> Any:
+            own = jax.tree.map(lambda a: jnp.squeeze(a, 0), args)
+            return jax.tree.map(lambda a: a[None], op(*own))
+
+        spec = P(AXIS)
+        return jax.jit(
+            jax.shard_map(shard, mesh=self.mesh, in_specs=spec, out_specs=spec, check_vma=False)
+        )
+
+    def us(self, step: Callable[[Any], Any], inputs: Sequence[Any], num_calls: int) -> float:
+        """One call of the step, in a program that calls it for all inputs in turn."""
+        calls = [*inputs] * max(num_calls // len(inputs), 1)
+        return statistics.median(self.times(self.on_ranks(in_turn(step)), calls)) / len(calls)
+
+    def loop_us(self, step: Step, inputs: Inputs) -> float:
+        """One iteration of a loop around the step, whose inputs may then be in L2."""
+        program = self.on_ranks(in_loop(step, self.num_iterations))
+        return statistics.median(self.times(program, inputs)) / self.num_iterations
+
+
+def in_turn(step: Callable[[Any], Any]) -> Callable[[Sequence[Any]], list[Any]]:
+    """The step for each of the inputs, none before the one before it has ended: XLA would merge
+    the exchanges of independent plans into one."""
+
+    def run(inputs: Sequence[Any]) -> list[Any]:
+        outs: list[Any] = []
+        for each in inputs:
+            if outs:
+                outs[-1], each = lax.optimization_barrier((outs[-1], each))
+            outs.append(step(each))
+        return outs
+
+    return run
+
+
+def in_loop(step: Step, num_iterations: int) -> Step:
+    """The step again and again, its ids and weights made to depend on the last result, or XLA
+    would do it once before the loop."""
+
+    def run(inputs: Inputs) -> Any:
+        def body(_: Any, carry: Any) -> Any:
+            _, ids, weights = carry
+            out = step(inputs._replace(ids=ids, weights=weights))
+            return lax.optimization_barrier((out, ids, weights))
+
+        shapes = jax.eval_shape(step, inputs)
+        out = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        return lax.fori_loop(0, num_iterations, body, (out, inputs.ids, inputs.weights))[0]
+
+    return run
+
+
+def ops(config: ep.EpConfig) -> dict[str, Step]:
+    def plan_and_dispatch(i: Inputs) -> Any:
+        plan = ep.plan(i.ids, config)
+        return ep.dispatch(i.x, plan), plan
+
+    def round_trip(i: Inputs) -> Any:
+        rows, plan = plan_and_dispatch(i)
+        return ep.combine(rows, plan, i.weights)
+
+    def combine_backward(i: Inputs) -> Any:
+        return jax.vjp(lambda y, w: ep.combine(y, i.plan, w), i.y, i.weights)[1](i.x)
+
+    return {
+        "plan": lambda i: ep.plan(i.ids, config).slots,
+        "dispatch": lambda i: ep.dispatch(i.x, i.plan),
+        "combine": lambda i: ep.combine(i.y, i.plan, i.weights),
+        "dispatch_backward": lambda i: jax.vjp(lambda x: ep.dispatch(x, i.plan), i.x)[1](i.y)[0],
+        "combine_backward": combine_backward,
+        "round_trip": round_trip,
+        "plan_and_dispatch": lambda i: plan_and_dispatch(i)[0],
+    }
+
+
+def make_inputs(
+    bench: Bench, shape: GroupShape, with_stock: bool = False
+) -> tuple[list[Inputs], np.ndarray, int]:
+    """Different inputs that together exceed L2 (at T = 16 just so), the ids of the first, and how
+    many calls a program makes of them; nothing is dropped."""
+    buffers = max(int(MOST_BUFFER_BYTES / (shape.row_bytes * shape.num_rows)), 2)
+    touched = shape.row_bytes * shape.T * shape.K
+    most = min(bench.most_calls, buffers)
+    num_inputs = int(np.clip(BYTES_BEYOND_L2 / touched, 2, most))
+    sharding = NamedSharding(bench.mesh, P(AXIS))
+    config = bench.config(shape)
+
+    @functools.partial(jax.jit, out_shardings=sharding)
+    def make(key: jax.Array) -> Any:
+        keys = jax.random.split(key, 3)
+        sizes = (shape.R, shape.T, shape.H), (shape.R, shape.num_rows, shape.H)
+        x, y = (jax.random.normal(k, s, jnp.bfloat16) for k, s in zip(keys[:2], sizes, strict=True))
+        return x, y, jax.random.uniform(keys[2], (shape.R, shape.T, shape.K))
+
+    make_plan = bench.on_ranks(lambda ids: ep.plan(ids, config))
+    make_stock = bench.on_ranks(stock_plan)
+    random = np.random.default_rng(0)
+    all_ids = [shape.ids(random).reshape(shape.R, shape.T, shape.K) for _ in range(num_inputs)]
+    inputs = []
+    for i, host_ids in enumerate(all_ids):
+        ids = jax.make_array_from_callback(host_ids.shape, sharding, host_ids.__getitem__)
+        plan = make_plan(ids)
+        assert largest(plan.num_dropped) == 0, f"{shape} drops rows"
+        maps = make_stock(ids, plan) if with_stock else None
+        inputs.append(Inputs(ids, plan, *make(jax.random.key(i)), maps))
+    return inputs, all_ids[0].reshape(-1, shape.K), min(USUAL_CALLS, most)
+
+
+def largest(values: jax.Array) -> float:
+    """Over all ranks, on every process."""
+    return float(jax.jit(jnp.max)(values))
