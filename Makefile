@@ -14,6 +14,7 @@ JAX ?= 0.11.2
 EXTRAS ?= examples,test
 BIN := .venv/bin
 SOURCES := $(wildcard ffi/*.h ffi/*.cuh ffi/*.cc ffi/*.cu)
+TEST_SOURCES := $(wildcard tests/native/*)
 # An editable install maps the modules it finds: a folder is newer when one is added or removed.
 PACKAGE_FOLDERS := jax_moe_ep $(patsubst %/__init__.py,%,$(wildcard jax_moe_ep/*/__init__.py))
 PYTHON_SOURCES := jax_moe_ep tests examples benchmarks
@@ -48,14 +49,14 @@ test-gpu: .venv/installed
 lint: .venv/linters
 	$(BIN)/ruff format --check $(PYTHON_SOURCES)
 	$(BIN)/ruff check $(PYTHON_SOURCES)
-	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
+	$(BIN)/clang-format --dry-run --Werror $(SOURCES) $(TEST_SOURCES)
 	$(BIN)/codespell
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 format: .venv/linters
 	$(BIN)/ruff format $(PYTHON_SOURCES)
 	$(BIN)/ruff check --fix $(PYTHON_SOURCES)
-	$(BIN)/clang-format -i $(SOURCES)
+	$(BIN)/clang-format -i $(SOURCES) $(TEST_SOURCES)
 
 wheel: .venv/installed
 	$(BIN)/pip wheel --no-deps --wheel-dir dist .

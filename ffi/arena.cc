@@ -94,8 +94,13 @@ ffi::Error Arena::CheckFailure() const {
 }
 
 ffi::Error Arena::Ensure(int64_t half_bytes, uint64_t timeout_ns) {
-  if (control_.bytes == 0) JAX_MOE_EP_RETURN_IF_ERROR(Meet(timeout_ns));
-  if (generation_ != TheRegistry().generation) JAX_MOE_EP_RETURN_IF_ERROR(Restart(timeout_ns));
+  int64_t generation = TheRegistry().generation;
+  if (control_.bytes == 0) {
+    JAX_MOE_EP_RETURN_IF_ERROR(Meet(timeout_ns));
+  } else if (generation_ != generation) {
+    JAX_MOE_EP_RETURN_IF_ERROR(Restart(timeout_ns));
+  }
+  generation_ = generation;
   if (half_bytes == 0 || regions_.count(half_bytes)) return ffi::Error::Success();
   SharedMemory region;
   JAX_MOE_EP_RETURN_IF_ERROR(Share(RegionBytes(half_bytes), timeout_ns, &region));
@@ -121,22 +126,19 @@ ffi::Error Arena::Meet(uint64_t timeout_ns) {
   JAX_MOE_EP_RETURN_IF_ERROR(Share(RoundToAllocation(sizeof(Control)), timeout_ns, &control));
   std::lock_guard<std::mutex> lock(TheRegistry().mutex);
   control_ = control;
-  generation_ = TheRegistry().generation;
   return ffi::Error::Success();
 }
 
 // After Reset, which has waited for this process's kernels: once all ranks are here, no kernel of
 // the group runs, and between the two agreements each clears what is its own.
 ffi::Error Arena::Restart(uint64_t timeout_ns) {
+  JAX_MOE_EP_RETURN_IF_CUDA_ERROR(cudaDeviceSynchronize());  // what began beside Reset
   JAX_MOE_EP_RETURN_IF_ERROR(meeting_.Agree("", timeout_ns));
   cudaStream_t stream = meeting_.stream();
   cudaError_t status = cudaMemsetAsync(own_control(), 0, sizeof(Control), stream);
   if (status == cudaSuccess) status = cudaStreamSynchronize(stream);
   *failure_ = Failure{};
-  JAX_MOE_EP_RETURN_IF_ERROR(
-      meeting_.Agree(status == cudaSuccess ? "" : cudaGetErrorString(status), timeout_ns));
-  generation_ = TheRegistry().generation;
-  return ffi::Error::Success();
+  return meeting_.Agree(status == cudaSuccess ? "" : cudaGetErrorString(status), timeout_ns);
 }
 
 GroupView Arena::View(int64_t half_bytes) const {

@@ -111,13 +111,14 @@ ffi::Error InitializeGroup(CommunicatorContext& context,
   auto arena = GetArena(context, attributes);
   if (!arena.has_value()) return arena.error();
   JAX_MOE_EP_RETURN_IF_ERROR((*arena)->CheckFailure());
+  // Before the ranks meet: who fails later than that lets the others launch and wait.
+  int device = 0;
+  JAX_MOE_EP_RETURN_IF_ERROR(ToFfiError("jax_moe_ep", cudaGetDevice(&device)));
+  JAX_MOE_EP_RETURN_IF_ERROR(ToFfiError("jax_moe_ep", site->Prepare(device)));
   // Once the ranks have met, it is known whether they are one process and need to stage.
   JAX_MOE_EP_RETURN_IF_ERROR((*arena)->Ensure(0, attributes.timeout_ns));
   int64_t bytes = attributes.Layout((*arena)->is_one_process()).total;
-  JAX_MOE_EP_RETURN_IF_ERROR((*arena)->Ensure(HalfBytes(bytes), attributes.timeout_ns));
-  int device = 0;
-  JAX_MOE_EP_RETURN_IF_ERROR(ToFfiError("jax_moe_ep", cudaGetDevice(&device)));
-  return ToFfiError("jax_moe_ep", site->Prepare(device));
+  return (*arena)->Ensure(HalfBytes(bytes), attributes.timeout_ns);
 }
 
 ffi::ErrorOr<GroupView> MakeView(CommunicatorContext& context,

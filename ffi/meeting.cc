@@ -38,6 +38,12 @@ uint64_t HostToken() {
   return std::hash<std::string>{}(text);
 }
 
+// An error that is told in words must not be found again by a later check of the last error.
+std::string Text(cudaError_t status) {
+  cudaGetLastError();
+  return cudaGetErrorString(status);
+}
+
 std::string OutOfMemory(int64_t bytes, cudaError_t status) {
   const char* fraction = std::getenv("XLA_PYTHON_CLIENT_MEM_FRACTION");
   return "cudaMalloc of " + std::to_string(bytes) +
@@ -53,7 +59,8 @@ ffi::Error Internal(std::string text) { return ffi::Error::Internal(std::move(te
 
 // What ranks tell each other when they meet.
 struct Meeting::Hello {
-  char problem[320];  // empty when all is well
+  char problem[320];   // empty when all is well
+  char no_handle[64];  // why there is none, or empty
   uint64_t host;
   uint64_t process;
   uint64_t nonce;
@@ -79,28 +86,43 @@ ffi::Error Meeting::Start(NcclComm* comm, int device) {
   }
   comm_ = comm;
   device_ = device;
-  return ToFfiError("jax_moe_ep", cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking));
+  JAX_MOE_EP_RETURN_IF_CUDA_ERROR(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking));
+  JAX_MOE_EP_RETURN_IF_CUDA_ERROR(cudaMalloc(&unread_, sizeof(uint32_t)));
+  JAX_MOE_EP_RETURN_IF_CUDA_ERROR(
+      cudaHostAlloc(&mirror_, (num_ranks_ + 1) * sizeof(Hello), cudaHostAllocDefault));
+  return ToFfiError("jax_moe_ep", cudaMalloc(&buffer_, (num_ranks_ + 1) * sizeof(Hello)));
 }
 
+// After giving up, the exchange is still waiting on the stream, and so would all that follows.
+ffi::Error Meeting::CheckHasNotGivenUp() const {
+  if (!has_given_up_) return ffi::Error::Success();
+  return Internal(
+      "jax_moe_ep: an earlier meeting of this group did not come about, and its exchange is still "
+      "waiting. Start the processes again");
+}
+
+// The host polls instead of waiting, so that it can give up. Copies to the host must not wait for
+// it either, hence pinned memory; after giving up they are still under way, hence memory that
+// stays.
 ffi::Error Meeting::Exchange(const Hello& mine, std::vector<Hello>* all, uint64_t timeout_ns) {
+  JAX_MOE_EP_RETURN_IF_ERROR(CheckHasNotGivenUp());
   std::string why_not;
   const NcclApi* nccl = GetNcclApi(&why_not);
-  char* buffer = nullptr;
-  JAX_MOE_EP_RETURN_IF_CUDA_ERROR(cudaMalloc(&buffer, (num_ranks_ + 1) * sizeof(Hello)));
-  char* gathered = buffer + sizeof(Hello);
-  all->resize(num_ranks_);
+  Hello* gathered = mirror_ + 1;
+  mirror_[0] = mine;
   JAX_MOE_EP_RETURN_IF_CUDA_ERROR(
-      cudaMemcpyAsync(buffer, &mine, sizeof(Hello), cudaMemcpyHostToDevice, stream_));
-  int result = nccl->all_gather(buffer, gathered, sizeof(Hello), kNcclBytes, comm_, stream_);
+      cudaMemcpyAsync(buffer_, mirror_, sizeof(Hello), cudaMemcpyHostToDevice, stream_));
+  int result = nccl->all_gather(buffer_, buffer_ + 1, sizeof(Hello), kNcclBytes, comm_, stream_);
   if (result != kNcclSuccess) {
     return Internal(std::string("jax_moe_ep: ncclAllGather: ") + nccl->get_error_string(result));
   }
   JAX_MOE_EP_RETURN_IF_CUDA_ERROR(cudaMemcpyAsync(
-      all->data(), gathered, num_ranks_ * sizeof(Hello), cudaMemcpyDeviceToHost, stream_));
+      gathered, buffer_ + 1, num_ranks_ * sizeof(Hello), cudaMemcpyDeviceToHost, stream_));
   auto start = std::chrono::steady_clock::now();
   cudaError_t status;
   while ((status = cudaStreamQuery(stream_)) == cudaErrorNotReady) {
     if (std::chrono::steady_clock::now() - start > std::chrono::nanoseconds(timeout_ns)) {
+      has_given_up_ = true;
       return Internal("jax_moe_ep: rank " + std::to_string(rank_) + " of " +
                       std::to_string(num_ranks_) + " waited " + std::to_string(timeout_ns / 1e9) +
                       " s for the others to meet. Do all ranks run the same program, and did all "
@@ -108,8 +130,10 @@ ffi::Error Meeting::Exchange(const Hello& mine, std::vector<Hello>* all, uint64_
     }
     std::this_thread::sleep_for(std::chrono::microseconds(100));
   }
+  cudaGetLastError();  // cudaErrorNotReady, if it had to wait
   JAX_MOE_EP_RETURN_IF_CUDA_ERROR(status);
-  return ToFfiError("jax_moe_ep", cudaFree(buffer));
+  all->assign(gathered, gathered + num_ranks_);
+  return ffi::Error::Success();
 }
 
 ffi::Error Meeting::Agree(const std::string& problem, uint64_t timeout_ns) {
@@ -131,18 +155,20 @@ ffi::Error Meeting::Agree(const std::string& problem, uint64_t timeout_ns) {
 std::string Meeting::Allocate(bool may_allocate, Hello* mine) {
   cudaError_t status =
       may_allocate ? cudaMalloc(&mine->address, mine->bytes) : cudaErrorMemoryAllocation;
-  if (status != cudaSuccess) {
-    cudaGetLastError();  // it is told: later calls must not find it
-    return OutOfMemory(mine->bytes, status);
-  }
+  if (status != cudaSuccess) return OutOfMemory(mine->bytes, status);
   status = cudaMemsetAsync(mine->address, 0, mine->bytes, stream_);
   if (status == cudaSuccess) {
     char* word = mine->address + rank_ * sizeof(uint64_t);
     status =
         cudaMemcpyAsync(word, &mine->nonce, sizeof(mine->nonce), cudaMemcpyHostToDevice, stream_);
   }
-  if (status == cudaSuccess) status = cudaIpcGetMemHandle(&mine->handle, mine->address);
-  return status == cudaSuccess ? "" : std::string("arena: ") + cudaGetErrorString(status);
+  if (status == cudaSuccess) status = cudaStreamSynchronize(stream_);
+  if (status != cudaSuccess) return "arena: " + Text(status);
+  status = cudaIpcGetMemHandle(&mine->handle, mine->address);
+  if (status != cudaSuccess) {  // only peers in other processes need it
+    snprintf(mine->no_handle, sizeof(mine->no_handle), "%s", Text(status).c_str());
+  }
+  return "";
 }
 
 ffi::Error Meeting::Share(int64_t bytes,
@@ -151,6 +177,7 @@ ffi::Error Meeting::Share(int64_t bytes,
                           uint64_t timeout_ns,
                           SharedMemory* shared,
                           Peers* peers) {
+  JAX_MOE_EP_RETURN_IF_ERROR(CheckHasNotGivenUp());
   Hello mine{};
   mine.host = HostToken();
   mine.process = ProcessToken();
@@ -176,11 +203,20 @@ ffi::Error Meeting::Share(int64_t bytes,
   ffi::Error agreed = Agree(found, timeout_ns);
   if (agreed.success()) agreed = Agree(Prove(all, *shared), timeout_ns);
   if (agreed.success()) agreed = Agree(CheckProof(all, mine.address), timeout_ns);
-  if (agreed.failure()) {
-    cudaFree(mine.address);
-    *shared = SharedMemory{};
-  }
+  if (agreed.failure()) Release(all, timeout_ns, shared);
   return agreed;
+}
+
+// What a failed meeting leaves: owners free their memory once nobody has it mapped.
+void Meeting::Release(const std::vector<Hello>& all, uint64_t timeout_ns, SharedMemory* shared) {
+  for (int peer = 0; peer < num_ranks_; ++peer) {
+    bool is_mapped = shared->addresses[peer] && all[peer].process != all[rank_].process;
+    if (is_mapped) cudaIpcCloseMemHandle(shared->addresses[peer]);
+  }
+  // One that cannot agree keeps its memory: freeing it would wait for the exchange.
+  if (Agree("", timeout_ns).success()) cudaFree(shared->addresses[rank_]);
+  cudaGetLastError();
+  *shared = SharedMemory{};
 }
 
 std::string Meeting::MapPeers(const std::vector<Hello>& all, SharedMemory* shared, Peers* peers) {
@@ -190,6 +226,8 @@ std::string Meeting::MapPeers(const std::vector<Hello>& all, SharedMemory* share
     peers->is_one_process &= is_here;
     peers->devices[peer] = all[peer].device;
     peers->failures[peer] = is_here ? all[peer].failure : nullptr;
+  }
+  for (int peer = 0; peer < num_ranks_; ++peer) {
     if (peer == rank_) continue;
     std::string why = MapPeer(all[peer], all[rank_], &shared->addresses[peer]);
     if (!why.empty()) {
@@ -207,10 +245,11 @@ std::string Meeting::MapPeer(const Hello& hello, const Hello& mine, char** addre
   }
   if (hello.bytes != mine.bytes) return "its arena has another size. Do all ranks run one program?";
   if (hello.process != mine.process) {
+    if (hello.no_handle[0]) return std::string("it has no cudaIpc handle: ") + hello.no_handle;
     void* mapped = nullptr;
     cudaError_t status =
         cudaIpcOpenMemHandle(&mapped, hello.handle, cudaIpcMemLazyEnablePeerAccess);
-    if (status != cudaSuccess) return std::string("cudaIpc: ") + cudaGetErrorString(status);
+    if (status != cudaSuccess) return "cudaIpc: " + Text(status);
     *address = static_cast<char*>(mapped);
     return "";
   }
@@ -224,7 +263,7 @@ std::string Meeting::MapPeer(const Hello& hello, const Hello& mine, char** addre
     cudaGetLastError();
     status = cudaSuccess;
   }
-  if (status != cudaSuccess) return std::string("peer access: ") + cudaGetErrorString(status);
+  if (status != cudaSuccess) return "peer access: " + Text(status);
   *address = hello.address;
   return "";
 }
@@ -234,19 +273,16 @@ std::string Meeting::MapPeer(const Hello& hello, const Hello& mine, char** addre
 std::string Meeting::Prove(const std::vector<Hello>& all, const SharedMemory& shared) {
   uint64_t nonces[kMaxRanks] = {};
   for (int peer = 0; peer < num_ranks_; ++peer) nonces[peer] = all[peer].nonce;
-  uint32_t* unread = nullptr;
   uint32_t peers = 0;
-  cudaError_t status = cudaMalloc(&unread, sizeof(uint32_t));
-  if (status == cudaSuccess) status = cudaMemsetAsync(unread, 0, sizeof(uint32_t), stream_);
+  cudaError_t status = cudaMemsetAsync(unread_, 0, sizeof(uint32_t), stream_);
   if (status == cudaSuccess) {
-    status = LaunchProve(shared, nonces, num_ranks_, rank_, unread, stream_);
+    status = LaunchProve(shared, nonces, num_ranks_, rank_, unread_, stream_);
   }
   if (status == cudaSuccess) {
-    status = cudaMemcpyAsync(&peers, unread, sizeof(peers), cudaMemcpyDeviceToHost, stream_);
+    status = cudaMemcpyAsync(&peers, unread_, sizeof(peers), cudaMemcpyDeviceToHost, stream_);
   }
   if (status == cudaSuccess) status = cudaStreamSynchronize(stream_);
-  if (unread != nullptr) cudaFree(unread);
-  if (status != cudaSuccess) return std::string("peer memory: ") + cudaGetErrorString(status);
+  if (status != cudaSuccess) return "peer memory: " + Text(status);
   if (peers == 0) return "";
   return "the arena of rank " + std::to_string(__builtin_ctz(peers)) +
          " does not hold what that rank wrote into it";
@@ -258,7 +294,7 @@ std::string Meeting::CheckProof(const std::vector<Hello>& all, const char* own) 
   cudaError_t status =
       cudaMemcpyAsync(words, own, num_ranks_ * sizeof(uint64_t), cudaMemcpyDeviceToHost, stream_);
   if (status == cudaSuccess) status = cudaStreamSynchronize(stream_);
-  if (status != cudaSuccess) return std::string("arena: ") + cudaGetErrorString(status);
+  if (status != cudaSuccess) return "arena: " + Text(status);
   for (int peer = 0; peer < num_ranks_; ++peer) {
     if (words[peer] != all[peer].nonce) {
       return "what rank " + std::to_string(peer) + " wrote into this rank's arena is not there";

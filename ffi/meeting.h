@@ -33,7 +33,8 @@ struct Peers {
 // of them is an error on all. Each blocks the host for at most timeout_ns.
 class Meeting {
  public:
-  // Finds out who this rank is. An error unless the kernels support such a group.
+  // Finds out who this rank is, and takes what a meeting needs, for good. An error unless the
+  // kernels support such a group; it is this rank's alone, and the others give up waiting.
   ffi::Error Start(NcclComm* comm, int device);
 
   // The same error on all ranks when one of them has a problem; empty: none.
@@ -54,18 +55,24 @@ class Meeting {
 
  private:
   struct Hello;
+  ffi::Error CheckHasNotGivenUp() const;
   ffi::Error Exchange(const Hello& mine, std::vector<Hello>* all, uint64_t timeout_ns);
   std::string Allocate(bool may_allocate, Hello* mine);
   std::string MapPeers(const std::vector<Hello>& all, SharedMemory* shared, Peers* peers);
   std::string MapPeer(const Hello& hello, const Hello& mine, char** address);
   std::string Prove(const std::vector<Hello>& all, const SharedMemory& shared);
   std::string CheckProof(const std::vector<Hello>& all, const char* own);
+  void Release(const std::vector<Hello>& all, uint64_t timeout_ns, SharedMemory* shared);
 
   NcclComm* comm_ = nullptr;
   int device_ = 0;
   int num_ranks_ = 0;
   int rank_ = -1;
+  bool has_given_up_ = false;  // an exchange is still under way
   cudaStream_t stream_ = nullptr;
+  Hello* buffer_ = nullptr;     // device: this rank's, then those of all
+  Hello* mirror_ = nullptr;     // pinned: the same
+  uint32_t* unread_ = nullptr;  // device
 };
 
 // Reads the peers' first words and writes the second: proof[p] of `mine` is nonces[p] on return

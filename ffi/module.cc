@@ -195,7 +195,10 @@ NB_MODULE(_ffi, m) {
   m.def("arena_bytes", &ArenaBytes, nb::arg("half_bytes"), "Device memory with one region.");
   m.def("arenas", &Arena::List, "The arenas of this process.");
   m.def("failures", &Arena::Failures, "What failed since the last reset; first the causes.");
-  m.def("reset", &Arena::Reset, "Waits for the devices; the groups meet again at their next call.");
+  m.def("reset",
+        &Arena::Reset,
+        nb::call_guard<nb::gil_scoped_release>(),
+        "Waits for the devices; the groups meet again at their next call.");
   m.def(
       "set_fault",
       [](int device, uint64_t delay_ns, bool skips) {

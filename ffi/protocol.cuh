@@ -48,17 +48,23 @@ __device__ inline void Publish(const GroupView& group, uint64_t epoch, const voi
   }
 }
 
+// Whether a rank gave up. If so this rank's host will know, also where no wait of this one met it.
+__device__ inline bool NoteAbort(const GroupView& group) {
+  uint32_t abort = LoadRelaxedSystem(&OwnControl(group)->abort);
+  if (abort == 0) return false;
+  Failure failure{};
+  failure.kind = FailureKind::kPeer;
+  failure.peer = static_cast<int32_t>(abort) - 1;
+  Fail(group, failure);
+  return true;
+}
+
 __device__ inline uint64_t BeginFirst(const GroupView& group) {
   Control* own = OwnControl(group);
   if (own->fault.skips) return kAborted;
   for (uint64_t start = TimeNs(); TimeNs() - start < own->fault.delay_ns;) __nanosleep(1000);
+  if (NoteAbort(group)) return kAborted;
   Failure failure{};
-  if (uint32_t abort = LoadRelaxedSystem(&own->abort); abort != 0) {
-    failure.kind = FailureKind::kPeer;
-    failure.peer = static_cast<int32_t>(abort) - 1;
-    Fail(group, failure);
-    return kAborted;
-  }
   failure.phase = Phase::kLock;
   failure.peer = group.rank;
   auto nothing = [] { return uint64_t{0}; };
@@ -66,7 +72,7 @@ __device__ inline uint64_t BeginFirst(const GroupView& group) {
     return kAborted;
   }
   uint64_t epoch = own->epoch + 1;
-  // Edge 6: what this call writes to the halves of its parity was last read two calls ago.
+  // Edge 5: what this call writes to the halves of its parity was last read two calls ago.
   for (int offset = 1; epoch > 2 && offset < group.num_ranks; ++offset) {
     int peer = Peer(group, offset);
     if (!WaitForFlag(group, &own->consumed[peer], epoch - 2, Phase::kConsumed, peer)) {
@@ -201,7 +207,7 @@ __device__ void End(const GroupView& group, Poison poison) {
   __syncthreads();
   if (threadIdx.x == 0) {
     is_last = AddAcqRelDevice(&launch->exits, 1) == gridDim.x - 1;
-    is_poisoned = is_last && (launch->epoch == kAborted || HasAborted(group));
+    is_poisoned = is_last && (NoteAbort(group) || launch->epoch == kAborted);
     if (is_last) *launch = LaunchState{};  // for the next launch
   }
   __syncthreads();

@@ -8,6 +8,10 @@ import jax.numpy as jnp
 from jax_moe_ep import cuda
 from jax_moe_ep.config import EpConfig
 
+# The calls of a layer and its gradients, and whether weights go with them. The gradient of dispatch
+# is a combine without.
+CALLS = (("dispatch", False), ("combine", True), ("combine", False), ("combine_backward", True))
+
 
 @dataclasses.dataclass(frozen=True)
 class ArenaBytes:
@@ -62,14 +66,14 @@ def memory(
                 ffi.region_bytes(
                     op=op,
                     is_one_process=is_one_process,
-                    has_weights=op != "dispatch",
+                    has_weights=has_weights,
                     num_ranks=num_ranks,
                     num_tokens=num_tokens,
                     top_k=top_k,
                     row_bytes=row_bytes,
                 )
             )
-            for op in ffi.op_codes()
+            for op, has_weights in CALLS
         }
         control = ffi.arena_bytes(0)
         return control + sum(ffi.arena_bytes(half) - control for half in halves)
@@ -95,7 +99,8 @@ def reset() -> None:
     """Lets all groups of this process start anew after a failure. Call it on every process.
 
     Waits for the devices of this process. The groups meet again at their next call, which waits
-    until all ranks have come there.
+    until all ranks have come there. Block on the last step before (`jax.block_until_ready`);
+    between processes, all must have launched the same steps, or they have to be started again.
     """
     if cuda.has_extension():
         cuda.extension("reset").reset()

@@ -153,6 +153,14 @@ def test_memory_of_the_largest_call():
     assert 4 * MIB <= control <= 8 * MIB
 
 
+def test_memory_of_the_gradient_of_dispatch():
+    """H = 8192: landing alone fills halves of 64 MiB exactly; with weights it needs the next class.
+    dispatch's gradient is a combine without weights."""
+    memory = ep.memory(ep.EpConfig(256, AXIS), 4096, 8192, 8, jnp.bfloat16, 2)
+    regions = region(128 * MIB) + region(64 * MIB)
+    assert memory.one_process == control_bytes() + regions + region(MIB)
+
+
 def test_memory_grows_with_the_ranks():
     """R = 8: landing of 7 peers, 411 MB, in halves of 512 MiB."""
     memory = ep.memory(ep.EpConfig(256, AXIS), 4096, 7168, 8, jnp.bfloat16, 8)

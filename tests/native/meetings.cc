@@ -1,0 +1,167 @@
+// How ranks meet, on GPUs made of threads (fake_gpus.cc): one scenario, named by the argument,
+// whose outcome is printed for test_meeting.py.
+
+#include <cstdio>
+#include <cstring>
+#include <functional>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "arena.h"
+#include "fake_gpus.h"
+
+namespace jax_moe_ep {
+namespace {
+
+constexpr uint64_t kPatience = 20'000'000'000;
+constexpr uint64_t kImpatience = 200'000'000;
+constexpr int64_t kMiB = 1 << 20;
+
+struct Group {
+  std::vector<NcclComm*> comms;
+  explicit Group(int num_ranks) : comms(fake::NewGroup(num_ranks)) {}
+
+  // What each rank of `ranks` gets from act(arena), at the same time.
+  std::vector<std::string> Run(std::vector<int> ranks,
+                               std::function<ffi::Error(Arena*)> act) const {
+    std::vector<std::string> texts(comms.size(), "absent");
+    std::vector<std::thread> threads;
+    for (int rank : ranks) {
+      threads.emplace_back([&, rank] {
+        fake::SetDevice(rank);
+        ffi::Error error = act(Arena::Get(comms[rank]));
+        texts[rank] = error.success() ? "fine" : error.message();
+      });
+    }
+    for (std::thread& thread : threads) thread.join();
+    return texts;
+  }
+
+  std::vector<int> everyone() const {
+    std::vector<int> ranks;
+    for (size_t rank = 0; rank < comms.size(); ++rank) ranks.push_back(static_cast<int>(rank));
+    return ranks;
+  }
+
+  std::vector<std::string> Meet(int64_t half_bytes = 0, uint64_t patience = kPatience) const {
+    return Run(everyone(), [=](Arena* arena) { return arena->Ensure(half_bytes, patience); });
+  }
+
+  GroupView View(int rank, int64_t half_bytes = 0) const {
+    fake::SetDevice(rank);
+    return Arena::Get(comms[rank])->View(half_bytes);
+  }
+};
+
+void Print(const char* what, const std::vector<std::string>& texts) {
+  for (size_t rank = 0; rank < texts.size(); ++rank) {
+    printf("%s, rank %zu: %s\n", what, rank, texts[rank].c_str());
+  }
+}
+
+void PrintViews(const Group& group, int64_t half_bytes) {
+  bool is_shared = true, is_own = true, has_regions = true;
+  for (int rank : group.everyone()) {
+    GroupView view = group.View(rank, half_bytes), first = group.View(0, half_bytes);
+    is_own &= view.rank == rank && view.is_one_process;
+    for (int peer : group.everyone()) {
+      is_shared &= view.controls[peer] == first.controls[peer] && view.controls[peer] != nullptr;
+      for (int other : group.everyone()) {
+        is_shared &= peer == other || view.controls[peer] != view.controls[other];
+      }
+      has_regions &= view.regions[peer] != nullptr && view.regions[peer] == first.regions[peer];
+    }
+  }
+  printf("views: shared %d own %d regions %d\n", is_shared, is_own, has_regions);
+}
+
+void Meets(int num_ranks) {
+  Group group(num_ranks);
+  Print("meet", group.Meet());
+  size_t before = fake::NumAllocations();
+  Print("again", group.Meet());
+  printf("allocated again: %zu\n", fake::NumAllocations() - before);
+  Print("region", group.Meet(kMiB));
+  printf("allocated for regions: %zu\n", fake::NumAllocations() - before);
+  Print("region again", group.Meet(kMiB));
+  Print("larger region", group.Meet(4 * kMiB));
+  printf("allocated for two classes: %zu\n", fake::NumAllocations() - before);
+  PrintViews(group, kMiB);
+  PrintViews(group, 4 * kMiB);
+}
+
+// `spoil` makes a meeting fail, `mend` takes it back. Nothing of the failed one is left.
+void Fails(int num_ranks, std::function<void()> spoil, std::function<void()> mend) {
+  Group group(num_ranks);
+  spoil();
+  Print("spoilt", group.Meet());
+  size_t before = fake::NumAllocations();
+  spoil();
+  Print("spoilt again", group.Meet());
+  printf("left behind: %zu\n", fake::NumAllocations() - before);
+  mend();
+  Print("mended", group.Meet());
+  spoil();
+  Print("region spoilt", group.Meet(kMiB));
+  mend();
+  Print("region mended", group.Meet(kMiB));
+  PrintViews(group, kMiB);
+}
+
+void OneStaysAway() {
+  Group group(3);
+  Print("alone", group.Run({0, 2}, [](Arena* arena) { return arena->Ensure(0, kImpatience); }));
+  Print("later", group.Run({0, 2}, [](Arena* arena) { return arena->Ensure(0, kImpatience); }));
+}
+
+void Resets() {
+  Group group(2), other(2);
+  Print("meet", group.Meet());
+  Print("other", other.Meet());
+  GroupView view = group.View(1);
+  view.controls[1]->epoch = 7;
+  view.controls[1]->abort = 2;
+  view.failure->kind = FailureKind::kTimeout;
+  view.failure->rank = 1;
+  auto check = [](Arena* arena) { return arena->CheckFailure(); };
+  Print("failed", group.Run(group.everyone(), check));
+  Print("other", other.Run(other.everyone(), check));
+  printf("failures: %zu\n", Arena::Failures().size());
+  Arena::Reset();
+  printf("after reset: %zu\n", Arena::Failures().size());
+  Print("restarted", group.Meet());
+  Print("checked", group.Run(group.everyone(), check));
+  printf("epoch %d abort %d\n",
+         static_cast<int>(view.controls[1]->epoch),
+         static_cast<int>(view.controls[1]->abort));
+  Print("other restarted", other.Meet());
+  view.failure->kind = FailureKind::kTimeout;
+  Print("failed again", group.Run(group.everyone(), check));
+}
+
+void Run(const std::string& name, int num_ranks) {
+  auto nothing = [] {};
+  if (name == "meets") return Meets(num_ranks);
+  if (name == "out_of_memory" || name == "no_peer_access") {
+    return Fails(num_ranks, [&] { Arena::FailNextMeeting(1, name); }, nothing);
+  }
+  if (name == "apart") {
+    return Fails(
+        num_ranks, [] { fake::can_access_peers = false; }, [] { fake::can_access_peers = true; });
+  }
+  if (name == "blind") {
+    return Fails(num_ranks, [] { fake::is_blind = true; }, [] { fake::is_blind = false; });
+  }
+  if (name == "one_stays_away") return OneStaysAway();
+  if (name == "resets") return Resets();
+  printf("no scenario %s\n", name.c_str());
+}
+
+}  // namespace
+}  // namespace jax_moe_ep
+
+int main(int argc, char** argv) {
+  jax_moe_ep::Run(argv[1], argc > 2 ? atoi(argv[2]) : 2);
+  return 0;
+}

@@ -1,0 +1,130 @@
+"""How the ranks of a group meet, on GPUs made of threads: what they share, what they say when one
+of them has a problem, and that nothing of a failed meeting is left. The scenarios are in
+native/meetings.cc.
+
+Needs g++ and CUDA's headers, no GPU.
+"""
+
+import functools
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+
+import jax
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+SOURCES = [
+    *(ROOT / "ffi" / name for name in ("arena.cc", "meeting.cc", "failure.cc")),
+    *(ROOT / "tests" / "native" / name for name in ("fake_gpus.cc", "meetings.cc")),
+]
+
+
+@functools.cache
+def cuda_headers():
+    """The folder of CUDA's headers, as nvcc tells it, or None without nvcc."""
+    nvcc = os.environ.get("CUDACXX") or shutil.which("nvcc")
+    if nvcc is None:
+        return None
+    command = [nvcc, "--dryrun", "-c", "-x", "cu", os.devnull]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    found = re.search(r'INCLUDES="-I([^"]+)"', told)
+    assert found, told
+    return found[1]
+
+
+pytestmark = pytest.mark.skipif(
+    shutil.which("g++") is None or cuda_headers() is None, reason="needs g++ and CUDA's headers"
+)
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("meetings")
+    system = [f"-isystem{path}" for path in (jax.ffi.include_dir(), cuda_headers())]
+    include = [*system, f"-I{ROOT / 'ffi'}", f"-I{ROOT / 'tests' / 'native'}"]
+    compiling = [
+        subprocess.Popen(
+            ["g++", "-std=c++17", "-c", "-Wall", "-Wextra", "-Werror", *include, source],
+            cwd=folder,
+        )
+        for source in SOURCES
+    ]
+    assert [each.wait() for each in compiling] == [0] * len(SOURCES)
+    objects = [source.with_suffix(".o").name for source in SOURCES]
+    subprocess.run(["g++", *objects, "-lpthread", "-o", "meetings"], cwd=folder, check=True)
+
+    def run(*args):
+        command = [folder / "meetings", *map(str, args)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+        return done.stdout
+
+    return run
+
+
+def texts(output, what):
+    """What each rank said after a step, in the order of ranks."""
+    return re.findall(rf"^{what}, rank \d+: (.*)$", output, re.MULTILINE)
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4, 8, 16])
+def test_all_ranks_map_the_same_memory(program, num_ranks):
+    """One arena a rank, one region a size class, nothing twice."""
+    output = program("meets", num_ranks)
+    for step in ("meet", "again", "region", "region again", "larger region"):
+        assert texts(output, step) == ["fine"] * num_ranks, step
+    assert "allocated again: 0" in output
+    assert f"allocated for regions: {num_ranks}\n" in output
+    assert f"allocated for two classes: {2 * num_ranks}\n" in output
+    assert output.count("views: shared 1 own 1 regions 1") == 2
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3])
+@pytest.mark.parametrize(
+    ("scenario", "message"),
+    [
+        ("out_of_memory", r"Rank 1 of \d \(GPU 1\): cudaMalloc of \d+ bytes for the arena: out of"),
+        ("no_peer_access", r"Rank 1 of \d \(GPU 1\): no peer access to any GPU"),
+        ("apart", r"Rank 0 of \d \(GPU 0\): rank 1 \(GPU 1\) cannot be reached: no peer access"),
+        ("blind", r"Rank 0 of \d \(GPU 0\): the arena of rank 1 does not hold what that rank"),
+    ],
+)
+def test_what_fails_on_one_rank_fails_on_all_alike(program, scenario, message, num_ranks):
+    """Then it is tried again, with flags or a region, and works once the cause is gone."""
+    output = program(scenario, num_ranks)
+    for step in ("spoilt", "spoilt again", "region spoilt"):
+        said = texts(output, step)
+        assert len(said) == num_ranks
+        assert len(set(said)) == 1, said
+        assert re.search("ranks of the EP group cannot meet. " + message, said[0]), said[0]
+    assert "left behind: 0" in output
+    assert texts(output, "mended") == texts(output, "region mended") == ["fine"] * num_ranks
+    assert "views: shared 1 own 1 regions 1" in output
+
+
+def test_a_rank_that_stays_away_is_not_waited_for_for_ever(program):
+    """Three ranks, rank 1 does not come. The exchange stays under way: there is no second try."""
+    output = program("one_stays_away")
+    alone, later = texts(output, "alone"), texts(output, "later")
+    assert alone[1] == later[1] == "absent"
+    for rank in (0, 2):
+        assert f"rank {rank} of 3 waited 0.200000 s for the others to meet" in alone[rank]
+        assert "did all of them call jax_moe_ep.reset()" in alone[rank]
+        assert "an earlier meeting of this group did not come about" in later[rank]
+
+
+def test_a_failure_is_told_to_all_ranks_until_a_reset(program):
+    """Of the group that failed, by the rank that did; flags are clear afterwards."""
+    output = program("resets")
+    assert texts(output, "meet") == ["fine"] * 2
+    failed = texts(output, "failed")
+    assert len(failed) == 2
+    assert all("rank 1 of 2 (GPU 1) gave up in" in text for text in failed), failed
+    assert texts(output, "other") == ["fine"] * 4  # met, and not failed
+    assert "failures: 1\nafter reset: 0" in output
+    for step in ("restarted", "checked", "other restarted"):
+        assert texts(output, step) == ["fine"] * 2, step
+    assert "epoch 0 abort 0" in output
+    assert all("gave up in" in text for text in texts(output, "failed again"))
