@@ -22,28 +22,7 @@ struct GroupCombineParams {
   T* out;                 // [T, H]
   int64_t hidden;         // H
   int64_t run_tokens;     // neighbouring tokens of one item and flag
-  int64_t num_runs;
-  int64_t ahead;  // pushes before the first sum
-
-  __device__ int64_t num_items() const { return ahead + num_runs * group.num_ranks; }
-};
-
-// A push: partials of a run of a peer's tokens; or a sum: all partials of a run of this rank's.
-struct CombineItem {
-  bool is_sum = false;
-  int64_t push = 0, run = 0;
-
-  // Push 0 .. ahead-1, then sum 0, a push for each peer, sum 1, ...: sums find what they wait for
-  // there, and both directions of the link and the memory work at once.
-  template <typename T>
-  __device__ CombineItem(const GroupCombineParams<T>& p, int64_t item) : push(item) {
-    if (item < p.ahead) return;
-    int64_t turn = (item - p.ahead) / p.group.num_ranks;
-    int64_t place = (item - p.ahead) % p.group.num_ranks;
-    is_sum = place == 0;
-    run = turn;
-    push = p.ahead + turn * (p.group.num_ranks - 1) + place - 1;
-  }
+  CombineOrder order;
 };
 
 // Where rank `sender`'s partials of rank `receiver`'s tokens land.
@@ -66,11 +45,9 @@ __device__ bool Push(const GroupCombineParams<T>& p,
                      const CombineTeam& team,
                      TeamReady<CombineTeam>& ready,
                      uint64_t epoch,
-                     int64_t push) {
-  int num_peers = p.group.num_ranks - 1;
-  int64_t run = push / num_peers;
-  if (run >= p.num_runs) return true;
-  int source = Peer(p.group, 1 + static_cast<int>(push % num_peers));
+                     const CombineItem& item) {
+  int64_t run = item.run;
+  int source = Peer(p.group, item.offset);
   if (!ready.Wait(p.group, team, epoch, source)) return false;
   T* landing = Landing(p, source, p.group.rank, epoch);
   const float* table =
@@ -185,14 +162,15 @@ __global__ void __launch_bounds__(kTeams* kThreads, 1)
     TeamItems<CombineTeam> items(p.group, team, &claims[team.id]);
     TeamReady<CombineTeam> ready;
     int64_t count = 0;
-    for (int64_t item; (item = items.Next()) < p.num_items(); ++count) {
-      CombineItem work(p, item);
+    for (int64_t position; (position = items.Next()) < p.order.size(); ++count) {
+      CombineItem item;
+      if (!p.order.Find(position, &item)) continue;
       bool is_done =
-          work.is_sum ? Sum(p, team, epoch, work.run) : Push(p, team, ready, epoch, work.push);
+          item.offset == 0 ? Sum(p, team, epoch, item.run) : Push(p, team, ready, epoch, item);
       if (!is_done) break;
     }
     team.Sync();
-    if (team.thread == 0 && Complete(&p.group.launch->done, count, p.num_items())) {
+    if (team.thread == 0 && Complete(&p.group.launch->done, count, p.order.size())) {
       TellConsumed(p.group, epoch);
       Finish(p.group, epoch, false);
     }
@@ -227,9 +205,10 @@ cudaError_t LaunchGroupCombine(const GroupView& group,
     params.out = static_cast<T*>(arrays.out);
     params.hidden = arrays.row_bytes / static_cast<int64_t>(sizeof(T));
     params.run_tokens = (plan.num_tokens + kMaxRuns - 1) / kMaxRuns;
-    params.num_runs = (plan.num_tokens + params.run_tokens - 1) / params.run_tokens;
+    int64_t num_runs = (plan.num_tokens + params.run_tokens - 1) / params.run_tokens;
     int64_t runs_ahead = (kTokensAhead + params.run_tokens - 1) / params.run_tokens;
-    params.ahead = std::min(params.num_runs, runs_ahead) * (group.num_ranks - 1);
+    int64_t ahead = std::min(num_runs, runs_ahead) * (group.num_ranks - 1);
+    params.order = {group.num_ranks, num_runs, ahead};
     GroupCombineKernel<T><<<limits.num_sms, kTeams * kThreads, 0, stream>>>(params);
     return cudaGetLastError();
   });

@@ -42,7 +42,8 @@ struct Tile {
     offset = item % p.num_tiles * p.tile_bytes;
     bytes = static_cast<int>(min(int64_t{p.tile_bytes}, p.row_bytes - offset));
     is_token = true;
-    if constexpr (kInGroup) is_token = p.order.Find(p.group, token, &source, &token);
+    if constexpr (kInGroup)
+      is_token = p.order.Find(p.group.rank, p.group.num_ranks, token, &source, &token);
   }
 
   __device__ const int32_t* Slots(const DispatchParams& p) const {

@@ -17,6 +17,7 @@
 #ifndef JAX_MOE_EP_PROTOCOL_CUH_
 #define JAX_MOE_EP_PROTOCOL_CUH_
 
+#include "order.h"
 #include "ptx.cuh"
 #include "rows.cuh"
 #include "signal.cuh"
@@ -27,10 +28,8 @@ inline constexpr int64_t kNoItem = INT64_MAX;
 
 __device__ inline Control* OwnControl(const GroupView& group) { return group.controls[group.rank]; }
 
-// The rank `offset` places behind this one: ranks start at different peers.
 __device__ inline int Peer(const GroupView& group, int offset) {
-  int peer = group.rank + offset;
-  return peer < group.num_ranks ? peer : peer - group.num_ranks;
+  return PeerOf(group.rank, group.num_ranks, offset);
 }
 
 __device__ inline char* Half(const GroupView& group, int rank, uint64_t epoch) {
@@ -223,30 +222,6 @@ __device__ inline void PoisonByBlock(void* begin, int64_t bytes) {
   int64_t tail = bytes / kVecBytes * kVecBytes + threadIdx.x;
   if (tail < bytes) out[tail] = static_cast<char>(0xff);
 }
-
-// In which order a rank pulls the tokens of all ranks: some of its own, while peers become ready,
-// then one of each rank in turn, so that link and memory work side by side.
-struct PullOrder {
-  int64_t num_tokens;
-  int64_t lead;  // own tokens first
-
-  __device__ int64_t size(int num_ranks) const { return lead + num_tokens * num_ranks; }
-
-  // False where own tokens have run out.
-  __device__ bool Find(const GroupView& group,
-                       int64_t position,
-                       int* source,
-                       int64_t* token) const {
-    *source = group.rank;
-    *token = position;
-    if (position < lead) return true;
-    position -= lead;
-    int offset = static_cast<int>(position % group.num_ranks);
-    *source = Peer(group, offset);
-    *token = position / group.num_ranks + (offset == 0 ? lead : 0);
-    return *token < num_tokens;
-  }
-};
 
 }  // namespace jax_moe_ep
 

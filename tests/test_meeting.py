@@ -5,60 +5,25 @@ native/meetings.cc.
 Needs g++ and CUDA's headers, no GPU.
 """
 
-import functools
-import os
-import pathlib
 import re
-import shutil
 import subprocess
 
-import jax
 import pytest
+from native_build import FFI, NATIVE, build, needs_compiler
 
-ROOT = pathlib.Path(__file__).parents[1]
-SOURCES = [
-    *(ROOT / "ffi" / name for name in ("arena.cc", "meeting.cc", "failure.cc")),
-    *(ROOT / "tests" / "native" / name for name in ("fake_gpus.cc", "meetings.cc")),
-]
-
-
-@functools.cache
-def cuda_headers():
-    """The folder of CUDA's headers, as nvcc tells it, or None without nvcc."""
-    nvcc = os.environ.get("CUDACXX") or shutil.which("nvcc")
-    if nvcc is None:
-        return None
-    command = [nvcc, "--dryrun", "-c", "-x", "cu", os.devnull]
-    told = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    found = re.search(r'INCLUDES="-I([^"]+)"', told)
-    assert found, told
-    return found[1]
-
-
-pytestmark = pytest.mark.skipif(
-    shutil.which("g++") is None or cuda_headers() is None, reason="needs g++ and CUDA's headers"
-)
+pytestmark = needs_compiler
 
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("meetings")
-    system = [f"-isystem{path}" for path in (jax.ffi.include_dir(), cuda_headers())]
-    include = [*system, f"-I{ROOT / 'ffi'}", f"-I{ROOT / 'tests' / 'native'}"]
-    compiling = [
-        subprocess.Popen(
-            ["g++", "-std=c++17", "-c", "-Wall", "-Wextra", "-Werror", *include, source],
-            cwd=folder,
-        )
-        for source in SOURCES
-    ]
-    assert [each.wait() for each in compiling] == [0] * len(SOURCES)
-    objects = [source.with_suffix(".o").name for source in SOURCES]
-    subprocess.run(["g++", *objects, "-lpthread", "-o", "meetings"], cwd=folder, check=True)
+    sources = [FFI / name for name in ("arena.cc", "meeting.cc", "failure.cc")]
+    sources += [NATIVE / name for name in ("fake_gpus.cc", "meetings.cc")]
+    built = build(tmp_path_factory.mktemp("meetings"), *sources)
 
     def run(*args):
-        command = [folder / "meetings", *map(str, args)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+        done = subprocess.run(
+            [built, *map(str, args)], capture_output=True, text=True, timeout=30, check=True
+        )
         return done.stdout
 
     return run

@@ -1,0 +1,75 @@
+// In which order a rank takes its work in a group. For host and device: tests look at it without a
+// GPU.
+
+#ifndef JAX_MOE_EP_ORDER_H_
+#define JAX_MOE_EP_ORDER_H_
+
+#include <cstdint>
+
+#include "layout.h"
+
+namespace jax_moe_ep {
+
+// The rank `offset` places behind `rank`: ranks start at different peers.
+JAX_MOE_EP_HOST_DEVICE inline int PeerOf(int rank, int num_ranks, int offset) {
+  int peer = rank + offset;
+  return peer < num_ranks ? peer : peer - num_ranks;
+}
+
+// Pulls: some own tokens, while peers become ready, then one of each rank in turn, so that link and
+// memory work side by side.
+struct PullOrder {
+  int64_t num_tokens;
+  int64_t lead;  // own tokens first
+
+  JAX_MOE_EP_HOST_DEVICE int64_t size(int num_ranks) const { return lead + num_tokens * num_ranks; }
+
+  // The rank and token of a position; false where own tokens have run out.
+  JAX_MOE_EP_HOST_DEVICE bool Find(
+      int rank, int num_ranks, int64_t position, int* source, int64_t* token) const {
+    *source = rank;
+    *token = position;
+    if (position < lead) return true;
+    position -= lead;
+    int offset = static_cast<int>(position % num_ranks);
+    *source = PeerOf(rank, num_ranks, offset);
+    *token = position / num_ranks + (offset == 0 ? lead : 0);
+    return *token < num_tokens;
+  }
+};
+
+// A push: partials of a run of tokens of the peer `offset` places behind; or, with offset 0, the
+// sums of a run of own tokens.
+struct CombineItem {
+  int offset;
+  int64_t run;
+};
+
+// combine: `ahead` pushes, then sum 0, a push for each peer, sum 1, ...: sums find what they wait
+// for there, and both directions of the link and the memory work at once.
+struct CombineOrder {
+  int num_ranks;
+  int64_t num_runs;
+  int64_t ahead;  // a multiple of the number of peers
+
+  JAX_MOE_EP_HOST_DEVICE int64_t size() const { return ahead + num_runs * num_ranks; }
+
+  // False for a push of a run that is none: pushes have run out.
+  JAX_MOE_EP_HOST_DEVICE bool Find(int64_t position, CombineItem* item) const {
+    int64_t num_peers = num_ranks - 1, push = position;
+    if (position >= ahead) {
+      int64_t turn = (position - ahead) / num_ranks, place = (position - ahead) % num_ranks;
+      if (place == 0) {
+        *item = {0, turn};
+        return true;
+      }
+      push = ahead + turn * num_peers + place - 1;
+    }
+    *item = {static_cast<int>(1 + push % num_peers), push / num_peers};
+    return item->run < num_runs;
+  }
+};
+
+}  // namespace jax_moe_ep
+
+#endif  // JAX_MOE_EP_ORDER_H_

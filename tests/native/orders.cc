@@ -1,0 +1,46 @@
+// Prints in which order a rank takes its work, for test_orders.py:
+//
+//   orders pulls NUM_RANKS RANK NUM_TOKENS LEAD     source and token of every position, or -
+//   orders combine NUM_RANKS NUM_RUNS AHEAD         offset and run of every position, or -
+
+#include <cstdio>
+#include <cstdlib>
+#include <string>
+
+#include "order.h"
+
+using namespace jax_moe_ep;
+
+namespace {
+
+void Print(bool is_there, int64_t a, int64_t b) {
+  if (is_there) {
+    printf("%lld %lld\n", static_cast<long long>(a), static_cast<long long>(b));
+  } else {
+    printf("-\n");
+  }
+}
+
+}  // namespace
+
+int main(int, char** argv) {
+  auto number = [&](int i) { return atoll(argv[i]); };
+  int num_ranks = static_cast<int>(number(2));
+  if (std::string(argv[1]) == "pulls") {
+    int rank = static_cast<int>(number(3)), source = 0;
+    PullOrder order{number(4), number(5)};
+    for (int64_t position = 0; position < order.size(num_ranks); ++position) {
+      int64_t token = 0;
+      bool is_there = order.Find(rank, num_ranks, position, &source, &token);
+      Print(is_there, source, token);
+    }
+  } else {
+    CombineOrder order{num_ranks, number(3), number(4)};
+    for (int64_t position = 0; position < order.size(); ++position) {
+      CombineItem item{};
+      bool is_there = order.Find(position, &item);
+      Print(is_there, item.offset, item.run);
+    }
+  }
+  return 0;
+}
