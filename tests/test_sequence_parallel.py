@@ -83,6 +83,7 @@ def expected(x, ids, weights, dout, is_kept=True):
 # The mesh, the sequence axis, the EP axis, the axis of other batches.
 LAYOUTS = {
     "one_rank": ((1,), AXIS, AXIS, None),
+    "two_ranks": ((2,), AXIS, AXIS, None),
     "same_axis": ((8,), AXIS, AXIS, None),
     "same_axes": ((2, 4), ("a", "b"), ("a", "b"), None),
     "ep_is_a_part": ((2, 4), ("a", "b"), "b", None),
@@ -145,8 +146,9 @@ def run_layer(num_ranks, *args, config=None, **options):
     return jax.device_get(jax.jit(run)(*args))
 
 
-def test_batches_split_on_the_sequence():
-    """D4: 3 batches of 5 tokens over 4 ranks. The mask [P] serves [B, P, K] as it is."""
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_batches_split_on_the_sequence(num_ranks):
+    """D4: 3 batches of 5 tokens. The mask [P] serves [B, P, K] as it is."""
     batch = [inputs(5, seed=seed) for seed in range(3)]
     x, ids, weights, _ = (np.stack(leaf) for leaf in zip(*batch, strict=True))
     config = ep.EpConfig(E, AXIS)
@@ -159,7 +161,7 @@ def test_batches_split_on_the_sequence():
         out = ep.combine(y, plan, weights.reshape(-1, K)).reshape(x.shape)
         return ep.merge_tokens(out, AXIS, size=5, dim=1)
 
-    run = jax.shard_map(run, mesh=mesh_of(4), in_specs=P(), out_specs=P())
+    run = jax.shard_map(run, mesh=mesh_of(num_ranks), in_specs=P(), out_specs=P())
     for out, (x_b, ids_b, weights_b, _) in zip(jax.jit(run)(x, ids, weights), batch, strict=True):
         assert_bitwise_equal(out, expected(x_b, ids_b, weights_b, x_b)[0])
 
@@ -184,30 +186,33 @@ def test_pads_change_no_load_and_no_drop(num_ranks):
     assert stats.num_assignments == ids.size
 
 
-def test_pads_at_expert_0():
-    """D2: the option loads expert 0 with K rows for each of 5 pads; real rows stay the same."""
+@pytest.mark.parametrize(("num_ranks", "num_pads"), [(2, 1), (8, 5)])
+def test_pads_at_expert_0(num_ranks, num_pads):
+    """D2: the option loads expert 0 with K rows for each pad; real rows stay the same."""
     args = inputs(11)
     x, ids, weights, _ = args
     config = ep.EpConfig(E, AXIS, distinct_experts=False)
-    out, stats = run_layer(8, *args, config=config, pad="expert0")
+    out, stats = run_layer(num_ranks, *args, config=config, pad="expert0")
     assert_bitwise_equal(out, expected(x, ids, weights, x)[0])
     counts = np.bincount(ids.reshape(-1), minlength=E)
-    counts[0] += 5 * K
+    counts[0] += num_pads * K
     assert stats.expert_counts.tolist() == counts.tolist()
 
 
-def test_ranks_with_different_numbers_of_tokens():
+@pytest.mark.parametrize("num_real", [(3, 0), (4, 0, 1, 3, 0, 2, 4, 0)], ids=["2", "8"])
+def test_ranks_with_different_numbers_of_tokens(num_real):
     """A8, D6: 0 to 4 real tokens a rank, chosen by a mask; NaN in the others and the tail.
 
     Only real assignments have rows: Stats counts no other, and the masked places of the result and
     of each gradient are +0.
     """
-    case = Case(T=4, K=K, E=E, R=8)
-    is_real = np.arange(4) < np.array([4, 0, 1, 3, 0, 2, 4, 0])[:, None]
+    R = len(num_real)
+    case = Case(T=4, K=K, E=E, R=R)
+    is_real = np.arange(4) < np.array(num_real)[:, None]
     masked = ~is_real[..., None]
     ids = make_ids("uniform", case)
     x, dout, weights = (
-        np.where(masked, np.float32(np.nan), make_floats(8, 4, size, seed=seed))
+        np.where(masked, np.float32(np.nan), make_floats(R, 4, size, seed=seed))
         for seed, size in enumerate((H, H, K))
     )
     config = ep.EpConfig(E, AXIS, tail="undefined")
@@ -224,7 +229,7 @@ def test_ranks_with_different_numbers_of_tokens():
         )
         return jax.tree.map(lambda leaf: leaf[None], (out, *pull(dout))), stats
 
-    run = jax.shard_map(step, mesh=mesh_of(8), in_specs=P(AXIS), out_specs=(P(AXIS), P()))
+    run = jax.shard_map(step, mesh=mesh_of(R), in_specs=P(AXIS), out_specs=(P(AXIS), P()))
     (out, dx, dweights), stats = jax.jit(run)(x, weights, dout, ids, is_real)
     real_out, real_dx = expected(*(each[is_real] for each in (x, ids, weights, dout)))
     assert_bitwise_equal(out[is_real], real_out, "out")
@@ -232,19 +237,20 @@ def test_ranks_with_different_numbers_of_tokens():
     for name, leaf in (("out", out), ("dx", dx), ("dweights", dweights)):
         assert_bitwise_equal(leaf[~is_real], np.zeros_like(leaf[~is_real]), f"masked {name}")
     assert (np.asarray(dweights)[is_real] != 0).all()
-    assert stats.num_assignments == 14 * K
+    assert stats.num_assignments == sum(num_real) * K
     assert stats.expert_counts.tolist() == np.bincount(ids[is_real].ravel(), minlength=E).tolist()
 
 
-def test_weights_before_or_after_the_experts():
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_weights_before_or_after_the_experts(num_ranks):
     """D7: row_weights on the rows and a plain combine, or a weighted combine: one rounding apart.
 
     The experts are linear for positive weights. After is the default and exact in float32.
     """
     x, ids, weights, is_given = inputs(11)
     weights = np.abs(weights)
-    after, _ = run_layer(4, x, ids, weights, is_given)
-    before, _ = run_layer(4, x, ids, weights, is_given, order="before")
+    after, _ = run_layer(num_ranks, x, ids, weights, is_given)
+    before, _ = run_layer(num_ranks, x, ids, weights, is_given, order="before")
     assert_bitwise_equal(after, expected(x, ids, weights, x)[0])
     assert_close(before, after)
 
