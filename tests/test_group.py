@@ -1,6 +1,7 @@
 """The kernels between GPUs where they could go wrong: who waits for whom, what is reused, and when.
 
-Needs two GPUs, driven by one process or by one each. The semantic suite runs there too.
+On 2, 4 or 8 GPUs, all that there are, driven by one process or by one each. The semantic suite runs
+there too.
 """
 
 import dataclasses
@@ -35,8 +36,9 @@ from jax.sharding import PartitionSpec as P
 import jax_moe_ep as ep
 from jax_moe_ep import cuda
 
-R = 2
 GPUS = [device for device in jax.devices() if device.platform == "gpu"]
+R = max(r for r in (2, 4, 8) if r <= max(len(GPUS), 2))
+GPUS = GPUS[:R]
 pytestmark = pytest.mark.skipif(len(GPUS) < R, reason="needs two GPUs")
 
 BASE = Case(T=64, K=4, E=16, R=R, A=8, H=256)
@@ -57,7 +59,7 @@ def no_failure():
 
 def set_delay(rank, ns=DELAY_NS):
     """Calls of this rank begin late; None: of nobody."""
-    for i, device in enumerate(GPUS[:R]):
+    for i, device in enumerate(GPUS):
         if device.process_index == jax.process_index():
             delay = ns if i == rank else 0
             cuda.extension("test").set_fault(device=device.local_hardware_id, delay_ns=delay)
@@ -124,29 +126,42 @@ def check_layer(case, maker="uniform", mesh=None, **options):
 @one_process
 def test_a_mesh_in_reverse_right_after_one_in_order():
     """A11: the same shapes, options and devices; the ranks have changed."""
-    for devices in (GPUS[:2], GPUS[1::-1], GPUS[:2]):
+    for devices in (GPUS, GPUS[::-1], GPUS):
         check_layer(BASE, mesh=Mesh(np.array(devices), (AXIS,)))
 
 
 @pytest.mark.parametrize("axes", [("a", "b"), ("b", "a")])
-@pytest.mark.parametrize("shape", [(1, 2), (2, 1)])
+@pytest.mark.parametrize("shape", sorted({(1, R), (2, R // 2), (R // 2, 2), (R, 1)}))
 def test_a_group_over_two_axes(shape, axes):
-    mesh = Mesh(np.array(GPUS[:2]).reshape(shape), ("a", "b"))
+    """Ranks count in row-major order of the tuple: with ("b", "a") not in the order of devices."""
+    mesh = Mesh(np.array(GPUS).reshape(shape), ("a", "b"))
     inputs = make_inputs(BASE)
     layer = layer_of(cuda_config(BASE, axes))
     assert_layer_right(run_on(mesh, layer, *inputs, axes=(axes,)), BASE, inputs)
 
 
 def test_groups_of_one_beside_each_other():
-    """Two groups of one rank: no arena, no waiting, each its own tokens."""
-    case = dataclasses.replace(BASE, R=1)
-    mesh = Mesh(np.array(GPUS[:2]).reshape(2, 1), ("data", AXIS))
+    """Groups of one rank: no arena, no waiting, each its own tokens."""
+    check_groups(1)
+
+
+@pytest.mark.skipif(R < 4, reason="needs four GPUs")
+def test_groups_of_several_beside_each_other():
+    """EP beside a data axis: groups of two."""
+    check_groups(2)
+
+
+def check_groups(num_ranks):
+    """R / num_ranks groups beside each other, each with inputs of its own."""
+    case, num_groups = dataclasses.replace(BASE, R=num_ranks), R // num_ranks
+    mesh = Mesh(np.array(GPUS).reshape(num_groups, num_ranks), ("data", AXIS))
     layer = layer_of(cuda_config(case))
-    inputs = make_inputs(dataclasses.replace(case, R=2))
-    results = run_on(mesh, layer, *[x[:, None] for x in inputs], axes=("data", AXIS))
-    for i in range(2):
+    inputs = make_inputs(BASE)
+    split = [x.reshape(num_groups, num_ranks, *x.shape[1:]) for x in inputs]
+    results = run_on(mesh, layer, *split, axes=("data", AXIS))
+    for i in range(num_groups):
         mine = jax.tree.map(lambda leaf, i=i: leaf[i], results)
-        assert_layer_right(mine, case, [x[i : i + 1] for x in inputs])
+        assert_layer_right(mine, case, [x[i] for x in split])
 
 
 # Routings at the edges.
@@ -154,15 +169,16 @@ def test_groups_of_one_beside_each_other():
 
 @pytest.mark.parametrize("maker", ["masked", "one_rank", "one_expert", "empty_expert"])
 def test_a_rank_with_no_rows_or_no_tokens(maker):
-    """masked: the last rank has no tokens. one_rank: the first has no rows."""
+    """masked: the last rank has no tokens. one_rank: only the last has rows."""
     check_layer(BASE, maker)
 
 
 def test_drops_at_one_receiver_only():
     case = dataclasses.replace(BASE, capacity=2 * BASE.T)
     ids = make_ids("one_rank", case)
-    assert oracle.plan(case, ids)["num_dropped"].tolist()[0] == 0
-    assert oracle.plan(case, ids)["num_dropped"].tolist()[1] > 0
+    dropped = oracle.plan(case, ids)["num_dropped"].tolist()
+    assert dropped[-1] > 0
+    assert dropped[:-1] == [0] * (R - 1)
     check_layer(case, "one_rank")
 
 
@@ -202,7 +218,7 @@ def test_epochs_pass_the_ends_of_32_and_63_bits(epoch):
 def test_a_hog_on_most_sms():
     """Blocks that cannot run yet own no work that others wait for."""
     check_layer(BASE)  # compiled
-    for device in GPUS[:R]:
+    for device in GPUS:
         if device.process_index == jax.process_index():
             cuda.extension("test").hog(device=device.local_hardware_id, num_sms=130, ns=300_000_000)
     check_layer(BASE)
@@ -226,7 +242,7 @@ def loop(config, num_steps, x, ids, base_all):
     return lax.fori_loop(0, num_steps, step, (x, jnp.zeros((), jnp.int32)))[1]
 
 
-@pytest.mark.parametrize("late", [0, 1, None])
+@pytest.mark.parametrize("late", [0, R - 1, None])
 def test_tokens_are_not_overwritten_before_they_are_read(late):
     """x is written by the fusion before each dispatch, and again while the late rank reads."""
     config = cuda_config(BASE)
@@ -239,7 +255,7 @@ def test_tokens_are_not_overwritten_before_they_are_read(late):
     run_on(make_mesh(R), program, base, ids, check_vma=False)  # the group has met
     set_delay(late)
     wrong = run_on(make_mesh(R), program, base, ids, check_vma=False)
-    assert wrong.tolist() == [0, 0]
+    assert wrong.tolist() == [0] * R
 
 
 @pytest.mark.parametrize("num_shapes", [1, 2])
@@ -272,8 +288,8 @@ def test_a_thousand_combines_with_changing_rows(num_shapes):
 
     for turn in range(10):
         wrong = run_on(make_mesh(R), program, *ids, check_vma=False)
-        assert wrong.tolist() == [0, 0], turn
-        set_delay(turn % 2, 20_000)
+        assert wrong.tolist() == [0] * R, turn
+        set_delay(turn % R, 20_000)
 
 
 def test_the_same_bits_on_every_run():
@@ -351,9 +367,21 @@ COLD = pathlib.Path(__file__).parent / "cold_process.py"
 )
 def test_in_a_cold_process(environment):
     """The first cuBLAS and tokamax kernels load between dispatch and combine, which wait."""
-    command = [sys.executable, COLD]
+    run_cold(environment)
+
+
+@one_process
+def test_tokens_from_a_constant_of_the_program():
+    run_cold({"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}, "constant")
+
+
+def run_cold(environment, *args):
     done = subprocess.run(
-        command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=240
+        [sys.executable, COLD, *args],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=240,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "right" in done.stdout
