@@ -14,7 +14,7 @@ JAX ?= 0.11.2
 EXTRAS ?= examples,test
 BIN := .venv/bin
 SOURCES := $(wildcard ffi/*.h ffi/*.cuh ffi/*.cc ffi/*.cu)
-TEST_SOURCES := $(wildcard tests/native/*)
+TEST_SOURCES := $(wildcard $(foreach kind,h cuh cc,tests/native/*.$(kind) tests/native/emulated/*.$(kind)))
 # An editable install maps the modules it finds: a folder is newer when one is added or removed.
 PACKAGE_FOLDERS := jax_moe_ep $(patsubst %/__init__.py,%,$(wildcard jax_moe_ep/*/__init__.py))
 PYTHON_SOURCES := jax_moe_ep tests examples benchmarks

@@ -6,6 +6,7 @@ import pathlib
 import re
 import shutil
 import subprocess
+from collections.abc import Sequence
 
 import jax
 import pytest
@@ -32,12 +33,18 @@ needs_compiler = pytest.mark.skipif(
 )
 
 
-def build(folder: pathlib.Path, *sources: pathlib.Path) -> pathlib.Path:
-    """The program of these sources, made in the folder."""
+def build(
+    folder: pathlib.Path,
+    *sources: pathlib.Path,
+    flags: Sequence[str] = ("-Wall", "-Wextra", "-Werror"),
+    link: Sequence[str] = (),
+) -> pathlib.Path:
+    """The program of these sources, made in the folder; a library with link=["-shared"]."""
     headers = [f"-isystem{path}" for path in (jax.ffi.include_dir(), cuda_headers())]
-    flags = ["-std=c++17", "-Wall", "-Wextra", "-Werror", *headers, f"-I{FFI}", f"-I{NATIVE}"]
-    compiling = [subprocess.Popen(["g++", "-c", *flags, each], cwd=folder) for each in sources]
+    given = ["-std=c++17", *flags, *headers, f"-I{FFI}", f"-I{NATIVE}"]
+    compiling = [subprocess.Popen(["g++", "-c", *given, each], cwd=folder) for each in sources]
     assert [each.wait() for each in compiling] == [0] * len(sources)
     objects = [each.with_suffix(".o").name for each in sources]
-    subprocess.run(["g++", *objects, "-lpthread", "-o", "program"], cwd=folder, check=True)
+    command = ["g++", *link, *objects, "-lpthread", "-o", "program"]
+    subprocess.run(command, cwd=folder, check=True)
     return folder / "program"

@@ -1,0 +1,144 @@
+// One call of a group on one rank, whose kernel runs as threads of this process; for
+// emulated_ranks.py, which starts a process a rank over memory that all of them share.
+
+#include <cstdio>
+
+#include "combine.h"
+#include "device.h"
+#include "dispatch.h"
+#include "layout.h"
+
+namespace emulated {
+
+Block* block = nullptr;
+thread_local int thread = 0;
+
+Block::Block(int num_threads) : num_threads(num_threads), warps(num_threads / kWarp) {
+  for (Warp& warp : warps) pthread_barrier_init(&warp.barrier, nullptr, kWarp);
+  pthread_barrier_init(&all, nullptr, num_threads);
+}
+
+void Run(int num_threads, void (*body)(void*), void* argument) {
+  Block now(num_threads);
+  block = &now;
+  struct Start {
+    int index;
+    void (*body)(void*);
+    void* argument;
+  };
+  std::vector<Start> starts(num_threads);
+  std::vector<pthread_t> threads(num_threads);
+  pthread_attr_t attributes;
+  pthread_attr_init(&attributes);
+  pthread_attr_setstacksize(&attributes, 128 << 10);
+  for (int i = 0; i < num_threads; ++i) {
+    starts[i] = {i, body, argument};
+    auto run = [](void* given) -> void* {
+      Start* start = static_cast<Start*>(given);
+      thread = start->index;
+      start->body(start->argument);
+      return nullptr;
+    };
+    if (pthread_create(&threads[i], &attributes, run, &starts[i]) != 0) {
+      fprintf(stderr, "no thread %d\n", i);
+      abort();
+    }
+  }
+  for (pthread_t& each : threads) pthread_join(each, nullptr);
+}
+
+}  // namespace emulated
+
+using namespace jax_moe_ep;
+
+// As emulated_ranks.py lays it out.
+struct Job {
+  int64_t op, rank, num_ranks, is_one_process, type, has_weights;
+  int64_t num_tokens, top_k, num_groups, alignment, capacity, zero_tail, row_bytes;
+  int64_t timeout_ns, options, half_bytes;
+  char* controls;  // [num_ranks, control_bytes()]
+  char* regions;   // [num_ranks, 2 * half_bytes]
+  LaunchState* launch;
+  Failure* failure;
+  const int32_t *slots, *group_counts, *group_sizes, *group_starts, *owners;
+  const char *x, *dout;
+  const float* weights;
+  char* out;
+  float* dweights;
+};
+
+extern "C" {
+
+int64_t control_bytes() { return (sizeof(Control) + 4095) / 4096 * 4096; }
+
+int64_t half_bytes(const Job* job) {
+  return RegionLayout(static_cast<Op>(job->op),
+                      job->is_one_process,
+                      job->has_weights,
+                      static_cast<int>(job->num_ranks),
+                      job->num_tokens,
+                      job->top_k,
+                      job->row_bytes)
+      .total;
+}
+
+int run(const Job* job) {
+  Op op = static_cast<Op>(job->op);
+  int num_ranks = static_cast<int>(job->num_ranks);
+  GroupView view{};
+  view.num_ranks = num_ranks;
+  view.rank = static_cast<int>(job->rank);
+  view.is_one_process = job->is_one_process;
+  view.timeout_ns = job->timeout_ns;
+  view.half_bytes = job->half_bytes;
+  view.signature = {op,
+                    static_cast<int32_t>(job->top_k),
+                    job->num_tokens,
+                    job->row_bytes,
+                    static_cast<uint64_t>(job->options)};
+  view.launch = job->launch;
+  view.failure = job->failure;
+  for (int peer = 0; peer < num_ranks; ++peer) {
+    view.controls[peer] = reinterpret_cast<Control*>(job->controls + peer * control_bytes());
+    view.regions[peer] = job->regions + peer * 2 * job->half_bytes;
+  }
+  RowsPlan plan{job->slots,
+                job->group_counts,
+                job->group_sizes,
+                job->group_starts,
+                job->num_tokens,
+                static_cast<int>(job->top_k),
+                static_cast<int>(job->num_groups),
+                static_cast<int>(job->alignment),
+                job->capacity,
+                job->zero_tail != 0};
+  LaunchLimits limits{1, true, false};
+  RegionLayout layout(op,
+                      job->is_one_process,
+                      job->has_weights,
+                      num_ranks,
+                      job->num_tokens,
+                      job->top_k,
+                      job->row_bytes);
+  FloatType type = static_cast<FloatType>(job->type);
+  if (op == Op::kDispatch) {
+    return LaunchGroupDispatch(
+        view, layout, plan, limits, job->x, job->out, job->row_bytes, nullptr);
+  }
+  const float* weights = job->has_weights ? job->weights : nullptr;
+  if (op == Op::kCombine) {
+    CombineArrays arrays{type, job->owners, job->x, weights, job->out, job->row_bytes};
+    return LaunchGroupCombine(view, layout, plan, limits, arrays, nullptr);
+  }
+  CombineBackwardArrays arrays{
+      type, job->owners, job->dout, job->x, weights, job->out, job->dweights, job->row_bytes};
+  return LaunchGroupCombineBackward(view, layout, plan, limits, arrays, nullptr);
+}
+
+}  // extern "C"
+
+// What the launchers use beside.
+extern "C" cudaError_t cudaGetLastError() { return cudaSuccess; }
+namespace jax_moe_ep {
+cudaError_t GetLaunchLimits(int64_t, bool, LaunchLimits*) { return cudaErrorNotSupported; }
+}  // namespace jax_moe_ep
