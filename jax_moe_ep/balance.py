@@ -14,7 +14,8 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
-from jax_moe_ep.routing import Routing, check_choice, check_floating, check_mask, unmasked
+from jax_moe_ep.checks import check_choice
+from jax_moe_ep.routing import Routing, check_floating, check_mask, unmasked
 
 Per = Literal["batch", "sequence"]
 AxisName = str | tuple[str, ...]

@@ -1,5 +1,6 @@
 """The checks of the public ops: each error names the argument, what was given and what to do."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -9,6 +10,12 @@ from jaxtyping import Array
 
 from jax_moe_ep.config import MAX_INT32, EpConfig
 from jax_moe_ep.plan import Plan
+
+
+def check_choice(where: str, name: str, value: object, choices: Sequence[str]) -> None:
+    if value not in choices:
+        allowed = ", ".join(map(repr, choices))
+        raise ValueError(f"{where}: {name} must be one of {allowed}, got {value!r}")
 
 
 def num_ranks(op: str, config: Any) -> int:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
+from jax_moe_ep.checks import check_choice
 from jax_moe_ep.config import MAX_INT32
 
 Score = Literal["softmax", "sigmoid"]
@@ -168,12 +169,6 @@ def _best_experts(choice: Float32[Array, "... E"], config: RouterConfig) -> Int3
         is_eligible = jax.nn.one_hot(chosen, config.num_groups, dtype=jnp.bool_).any(-2)
         choice = jnp.where(is_eligible[..., None], groups, -jnp.inf).reshape(choice.shape)
     return lax.top_k(choice, config.top_k)[1]
-
-
-def check_choice(op: str, name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        allowed = ", ".join(map(repr, choices))
-        raise ValueError(f"{op}: {name} must be one of {allowed}, got {value!r}")
 
 
 def check_floating(op: str, name: str, x: Any) -> None:

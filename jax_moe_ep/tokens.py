@@ -4,7 +4,6 @@ Plain JAX inside `jax.shard_map`. T is the number of tokens, n that of the ranks
 axis, P = ceil(T/n) the tokens of one rank. The last ranks hold fewer real ones, and pads.
 """
 
-from collections.abc import Sequence
 from typing import Any, Literal, cast, get_args
 
 import jax
@@ -14,6 +13,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 
 from jax_moe_ep.bits import bits_dtype
+from jax_moe_ep.checks import check_choice
 from jax_moe_ep.varying import vary, varying_axes
 
 Ragged = Literal["pad", "error"]
@@ -60,7 +60,7 @@ def split_tokens(
     Megatron-LM's scatter_to_sequence_parallel_region, megatron/core/tensor_parallel/mappings.py.
     """
     axes = _check_axes("split_tokens", axis_name)
-    _check_choice("split_tokens", "ragged", ragged, get_args(Ragged))
+    check_choice("jax_moe_ep.split_tokens", "ragged", ragged, get_args(Ragged))
     leaves, treedef = jax.tree.flatten(jax.tree.map(jnp.asarray, x))
     size = _common_size("split_tokens", "x", leaves, dim)
     num_ranks = lax.axis_size(axes)
@@ -165,7 +165,7 @@ def mask_routing(
 
     "expert0" is the padding of torchtitan's pull request 3193.
     """
-    _check_choice("mask_routing", "pad", pad, get_args(Pad))
+    check_choice("jax_moe_ep.mask_routing", "pad", pad, get_args(Pad))
     _check_routing(topk_idx, topk_weights, is_real)
     is_real = jnp.asarray(is_real)[..., None]
     nobody = -1 if pad == "none" else 0
@@ -260,12 +260,6 @@ def _check_axes(op: str, axis_name: Any) -> tuple[str, ...]:
             "jax.shard_map over a mesh that has this axis"
         ) from error
     return names
-
-
-def _check_choice(op: str, name: str, value: object, choices: Sequence[str]) -> None:
-    if value not in choices:
-        allowed = ", ".join(map(repr, choices))
-        raise ValueError(f"jax_moe_ep.{op}: {name} must be one of {allowed}, got {value!r}")
 
 
 def _common_size(op: str, name: str, leaves: list[Array], dim: int) -> int:

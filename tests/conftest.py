@@ -13,17 +13,14 @@ import os
 import hypothesis
 import jax
 import pytest
-
-COORDINATOR = os.environ.get("JAX_MOE_EP_COORDINATOR")
+from processes import COORDINATOR, join
 
 # Before any backend starts. CPU devices do no harm beside GPUs, nor choosing a GPU without any.
 if COORDINATOR is None:
     jax.config.update("jax_num_cpu_devices", 8)
 else:
-    process = int(os.environ["JAX_MOE_EP_PROCESS"])
-    num_processes = int(os.environ["JAX_MOE_EP_NUM_PROCESSES"])
     jax.config.update("jax_num_cpu_devices", 1)
-    jax.distributed.initialize(COORDINATOR, num_processes, process, local_device_ids=[process])
+    join()
 
 hypothesis.settings.register_profile("default", deadline=None, max_examples=30, print_blob=True)
 hypothesis.settings.register_profile(

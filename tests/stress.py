@@ -25,23 +25,13 @@ import typer
 from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from processes import join
 
 import jax_moe_ep as ep
 
 T, K, E, H = 512, 4, 32, 1024
 STEPS_A_CALL = 20
 SPEC = P("expert")
-
-
-def initialize() -> None:
-    if "JAX_MOE_EP_PROCESS" in os.environ:
-        rank = int(os.environ["JAX_MOE_EP_PROCESS"])
-        jax.distributed.initialize(
-            os.environ["JAX_MOE_EP_COORDINATOR"],
-            int(os.environ["JAX_MOE_EP_NUM_PROCESSES"]),
-            rank,
-            local_device_ids=[rank],
-        )
 
 
 def layer(x, ids, config, weight):
@@ -96,7 +86,7 @@ def make_step(mesh, config):
 
 
 def main(steps: int = 20_000, timeout_s: float = 30.0) -> None:
-    initialize()
+    join()
     num_ranks = jax.device_count()
     mesh = Mesh(np.array(jax.devices()), ("expert",))
     config = ep.EpConfig(E, "expert", alignment=8, implementation="cuda", timeout_s=timeout_s)
