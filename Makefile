@@ -42,7 +42,7 @@ test-gpu: .venv/installed
 	JAX_MOE_EP_FORCE_VECTOR=1 $(BIN)/python -m pytest $(KERNEL_TESTS) -k "cuda or group"
 	JAX_MOE_EP_FORCE_STAGED=1 $(BIN)/python -m pytest $(KERNEL_TESTS) -k "cuda or group"
 	$(PER_GPU) -m pytest $(SEMANTIC_TESTS) -k cuda
-	$(PER_GPU) -m pytest tests/test_group.py
+	$(PER_GPU) -m pytest tests/test_group.py tests/test_sequence_parallel.py tests/test_map_plans.py
 	$(BIN)/python tests/stress.py
 	$(PER_GPU) tests/stress.py
 

@@ -45,8 +45,13 @@ TOLERANCE = {"float32": 2.0**-17, "bfloat16": 2.0**-7, "float16": 2.0**-10}
 one_process = pytest.mark.skipif(NUM_PROCESSES > 1, reason="runs in one process only")
 
 
+def sizes(*num_ranks: int) -> list[int]:
+    """Those that all processes can run together: one without a rank could not help."""
+    return [n for n in num_ranks if NUM_PROCESSES == 1 or n == len(DEVICES)]
+
+
 def _runs(implementation: str, num_ranks: int) -> bool:
-    if NUM_PROCESSES > 1 and num_ranks != len(DEVICES):  # a process without a rank could not help
+    if not sizes(num_ranks):
         return False
     return implementation != "cuda" or (ON_GPUS and len(DEVICES) >= num_ranks)
 
@@ -59,9 +64,9 @@ def each_implementation(
     return pytest.mark.parametrize(name, names)
 
 
-def each_size(op: str, sizes: Iterable[int]) -> pytest.MarkDecorator:
+def each_size(op: str, num_ranks: Iterable[int]) -> pytest.MarkDecorator:
     """Runs a test for numbers of ranks with every implementation that can run the op there."""
-    pairs = [(r, i) for r in sizes for i in IMPLEMENTATIONS[op] if _runs(i, r)]
+    pairs = [(r, i) for r in num_ranks for i in IMPLEMENTATIONS[op] if _runs(i, r)]
     return pytest.mark.parametrize(("num_ranks", "implementation"), pairs)
 
 

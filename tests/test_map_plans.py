@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import re
 
-import jax
 import numpy as np
 import oracle
 import pytest
@@ -12,11 +11,13 @@ from helpers import (
     CASES,
     Case,
     assert_plans_equal,
+    collect,
     each_implementation,
     make_floats,
     make_ids,
     make_mesh,
     on_ranks,
+    spread,
 )
 from maps_oracle import gathered, make_map, rising, scattered, true_experts
 
@@ -31,8 +32,9 @@ def map_planner(config, top_k):
 
 
 def plan_of_map(case, routing_map, implementation, priority=None):
-    run = on_ranks(map_planner(case.config(implementation), case.K), make_mesh(case.R))
-    return jax.device_get(run(routing_map, priority))
+    mesh = make_mesh(case.R)
+    run = on_ranks(map_planner(case.config(implementation), case.K), mesh)
+    return collect(run(*spread((routing_map, priority), mesh)))
 
 
 def map_of(case, ids):
@@ -69,14 +71,15 @@ def test_experts_beyond_k_are_dropped_and_counted(implementation):
     assert_plans_equal(plan, expected)
     assert (plan.num_dropped > 0).all()
     assert plan.num_assignments.sum() == routing_map.sum()
-    stats = jax.device_get(on_ranks(ep.stats, make_mesh(case.R))(plan))
+    mesh = make_mesh(case.R)
+    stats = collect(on_ranks(ep.stats, mesh)(spread(plan, mesh)))
     assert (stats.num_assignments == routing_map.sum()).all()
 
 
 @each_implementation("plan")
 def test_priority_of_a_map_lies_at_its_experts(implementation):
     """priority[t, e] ranks token t at expert e, as large as the map; NaN elsewhere is not read."""
-    case = dataclasses.replace(CASES["priority"], K=2, capacity=4)
+    case = dataclasses.replace(CASES["priority"], R=2, K=2, capacity=4)
     ids = rising(case, make_ids("uniform", case))
     dense = make_floats(case.R, case.T, case.E)
     routing_map = map_of(case, ids)

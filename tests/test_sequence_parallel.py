@@ -15,9 +15,12 @@ from helpers import (
     Case,
     assert_bitwise_equal,
     assert_close,
+    collect,
     devices,
     make_floats,
     make_ids,
+    sizes,
+    spread,
 )
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
@@ -92,7 +95,9 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout", [n for n, (shape, *_) in LAYOUTS.items() if sizes(math.prod(shape))]
+)
 def test_layer_over_every_kind_of_axes(layout):
     """D1, D3, D5, D6: results and input gradients do not depend on ranks, pads or masked tokens.
 
@@ -120,7 +125,7 @@ def test_layer_over_every_kind_of_axes(layout):
     douts = [make_floats(num_batches, T, H, seed=7) for T, _ in cases]
     specs = [((P(data), P(data)), P())] * len(cases)
     run = jax.shard_map(steps, mesh=mesh_of(*shape), in_specs=P(data), out_specs=specs)
-    results = jax.jit(run)(*zip(batches, douts, strict=True))
+    results = collect(jax.jit(run)(*zip(batches, douts, strict=True)))
     for (_, num_real), args, dout, ((out, dx), counts) in zip(
         cases, batches, douts, results, strict=True
     ):
@@ -143,10 +148,10 @@ def run_layer(num_ranks, *args, config=None, **options):
         return layer(*args, split=AXIS, config=config, **options)
 
     run = jax.shard_map(run, mesh=mesh_of(num_ranks), in_specs=P(), out_specs=P())
-    return jax.device_get(jax.jit(run)(*args))
+    return collect(jax.jit(run)(*args))
 
 
-@pytest.mark.parametrize("num_ranks", [2, 4])
+@pytest.mark.parametrize("num_ranks", sizes(2, 4))
 def test_batches_split_on_the_sequence(num_ranks):
     """D4: 3 batches of 5 tokens. The mask [P] serves [B, P, K] as it is."""
     batch = [inputs(5, seed=seed) for seed in range(3)]
@@ -162,11 +167,12 @@ def test_batches_split_on_the_sequence(num_ranks):
         return ep.merge_tokens(out, AXIS, size=5, dim=1)
 
     run = jax.shard_map(run, mesh=mesh_of(num_ranks), in_specs=P(), out_specs=P())
-    for out, (x_b, ids_b, weights_b, _) in zip(jax.jit(run)(x, ids, weights), batch, strict=True):
+    outs = collect(jax.jit(run)(x, ids, weights))
+    for out, (x_b, ids_b, weights_b, _) in zip(outs, batch, strict=True):
         assert_bitwise_equal(out, expected(x_b, ids_b, weights_b, x_b)[0])
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2, 8])
+@pytest.mark.parametrize("num_ranks", sizes(1, 2, 8))
 def test_pads_change_no_load_and_no_drop(num_ranks):
     """D2: 11 tokens, at most 3 rows an expert: the first 3 by token stay, however many pads.
 
@@ -186,8 +192,8 @@ def test_pads_change_no_load_and_no_drop(num_ranks):
     assert stats.num_assignments == ids.size
 
 
-@pytest.mark.parametrize(("num_ranks", "num_pads"), [(2, 1), (8, 5)])
-def test_pads_at_expert_0(num_ranks, num_pads):
+@pytest.mark.parametrize("num_ranks", sizes(2, 8))
+def test_pads_at_expert_0(num_ranks):
     """D2: the option loads expert 0 with K rows for each pad; real rows stay the same."""
     args = inputs(11)
     x, ids, weights, _ = args
@@ -195,18 +201,18 @@ def test_pads_at_expert_0(num_ranks, num_pads):
     out, stats = run_layer(num_ranks, *args, config=config, pad="expert0")
     assert_bitwise_equal(out, expected(x, ids, weights, x)[0])
     counts = np.bincount(ids.reshape(-1), minlength=E)
-    counts[0] += num_pads * K
+    counts[0] += -len(ids) % num_ranks * K  # 1 or 5 pads
     assert stats.expert_counts.tolist() == counts.tolist()
 
 
-@pytest.mark.parametrize("num_real", [(3, 0), (4, 0, 1, 3, 0, 2, 4, 0)], ids=["2", "8"])
-def test_ranks_with_different_numbers_of_tokens(num_real):
+@pytest.mark.parametrize("num_ranks", sizes(2, 8))
+def test_ranks_with_different_numbers_of_tokens(num_ranks):
     """A8, D6: 0 to 4 real tokens a rank, chosen by a mask; NaN in the others and the tail.
 
     Only real assignments have rows: Stats counts no other, and the masked places of the result and
     of each gradient are +0.
     """
-    R = len(num_real)
+    R, num_real = num_ranks, {2: (3, 0), 8: (4, 0, 1, 3, 0, 2, 4, 0)}[num_ranks]
     case = Case(T=4, K=K, E=E, R=R)
     is_real = np.arange(4) < np.array(num_real)[:, None]
     masked = ~is_real[..., None]
@@ -229,8 +235,10 @@ def test_ranks_with_different_numbers_of_tokens(num_real):
         )
         return jax.tree.map(lambda leaf: leaf[None], (out, *pull(dout))), stats
 
-    run = jax.shard_map(step, mesh=mesh_of(R), in_specs=P(AXIS), out_specs=(P(AXIS), P()))
-    (out, dx, dweights), stats = jax.jit(run)(x, weights, dout, ids, is_real)
+    mesh = mesh_of(R)
+    run = jax.shard_map(step, mesh=mesh, in_specs=P(AXIS), out_specs=(P(AXIS), P()))
+    args = spread((x, weights, dout, ids, is_real), mesh)
+    (out, dx, dweights), stats = collect(jax.jit(run)(*args))
     real_out, real_dx = expected(*(each[is_real] for each in (x, ids, weights, dout)))
     assert_bitwise_equal(out[is_real], real_out, "out")
     assert_bitwise_equal(dx[is_real], real_dx, "gradient")
@@ -241,7 +249,7 @@ def test_ranks_with_different_numbers_of_tokens(num_real):
     assert stats.expert_counts.tolist() == np.bincount(ids[is_real].ravel(), minlength=E).tolist()
 
 
-@pytest.mark.parametrize("num_ranks", [2, 4])
+@pytest.mark.parametrize("num_ranks", sizes(2, 4))
 def test_weights_before_or_after_the_experts(num_ranks):
     """D7: row_weights on the rows and a plain combine, or a weighted combine: one rounding apart.
 
@@ -255,7 +263,8 @@ def test_weights_before_or_after_the_experts(num_ranks):
     assert_close(before, after)
 
 
-def test_weights_after_the_experts_are_float32():
+@pytest.mark.parametrize("num_ranks", sizes(2))
+def test_weights_after_the_experts_are_float32(num_ranks):
     """D7: one bf16 row a token, its product with a float32 weight rounded once.
 
     1 + 2^-7 times 1 + 2^-8 is 1 + 2^-7 + 2^-8 + 2^-15, which rounds up to 1 + 2^-6; a weight
@@ -264,5 +273,5 @@ def test_weights_after_the_experts_are_float32():
     x = np.full((3, H), 1 + 2.0**-7, jnp.bfloat16)
     ids = np.zeros((3, 1), np.int32)
     weights = np.full((3, 1), 1 + 2.0**-8, np.float32)
-    out, _ = run_layer(2, x, ids, weights, np.ones(3, bool))
+    out, _ = run_layer(num_ranks, x, ids, weights, np.ones(3, bool))
     assert_bitwise_equal(out, np.full((3, H), 1 + 2.0**-6, jnp.bfloat16))
