@@ -1,7 +1,7 @@
 #include <algorithm>
 
 #include "combine.h"
-#include "combine_group.cuh"
+#include "combine_backward_group_bulk.cuh"
 
 namespace jax_moe_ep {
 namespace {
@@ -10,47 +10,6 @@ constexpr int kTeams = 2;  // of one block an SM: the other SMs stay free
 constexpr int kThreads = 256;
 using BackwardTeam = Team<kThreads, kTeams>;
 constexpr int64_t kLead = 256;  // own tokens before the first of a peer
-
-template <typename T>
-struct GroupBackwardParams {
-  GroupView group;
-  RegionLayout layout;
-  RowsPlan plan;
-  PullOrder order;
-  const int32_t* owners;    // [T, K]
-  const T* dout;            // [T, H]
-  const T* y;               // [C, H]
-  const float* weights;     // [T, K]
-  T* dy;                    // [C, H]
-  float* dweights;          // [T, K]
-  int64_t hidden;           // H
-  int64_t num_dout_chunks;  // to stage; 0: peers read dout where it is
-
-  __device__ int64_t num_weights() const { return plan.num_tokens * plan.top_k; }
-  __device__ int64_t num_table_chunks() const { return NumTableChunks(num_weights()); }
-  __device__ int64_t num_pulls() const { return order.size(group.num_ranks); }
-};
-
-template <typename T>
-__device__ void StageGradients(const GroupBackwardParams<T>& p, uint64_t epoch) {
-  uint4* to = reinterpret_cast<uint4*>(Half(p.group, p.group.rank, epoch) + p.layout.staging);
-  int64_t vectors = p.plan.num_tokens * (p.hidden / Vec<T>::kSize);
-  int64_t num_chunks = p.num_table_chunks() + p.num_dout_chunks;
-  Stage(p.group, epoch, p.dout, num_chunks, [&](int64_t chunk) {
-    if (chunk < p.num_table_chunks()) {
-      PushWeights(p.group, p.layout, p.plan, p.weights, epoch, chunk);
-    } else {
-      const uint4* from = reinterpret_cast<const uint4*>(p.dout);
-      CopyChunk(from, to, chunk - p.num_table_chunks(), vectors);
-    }
-  });
-}
-
-// Rank `source`'s weight gradients, in its own memory.
-template <typename T>
-__device__ float* GradientTable(const GroupBackwardParams<T>& p, int source, uint64_t epoch) {
-  return reinterpret_cast<float*>(Half(p.group, source, epoch) + p.layout.dweights);
-}
 
 // One token of any rank: dy of its rows here, dw of them into the token's rank's table. False when
 // a rank gave up.
@@ -70,14 +29,10 @@ __device__ bool Pull(const GroupBackwardParams<T>& p,
   for (int k = 0; k < top_k; ++k) has |= slots[k] >= 0;
   if (!has) return true;
   if (!ready.Wait(p.group, team, epoch, source)) return false;
-  const char* tokens =
-      TokensOf(p.group, epoch, source, reinterpret_cast<const char*>(p.dout), p.layout.staging);
-  const float* weights = source == p.group.rank
-                             ? p.weights
-                             : WeightTable(p.group, p.layout, p.plan, p.group.rank, source, epoch);
-  float* table = GradientTable(p, source, epoch) + token * top_k;
-  const T* dout = reinterpret_cast<const T*>(tokens) + token * p.hidden;
-  TokenGradients<T> gradients{dout, p.y, p.dy, p.hidden, slots, weights + token * top_k};
+  float* table = p.WeightGradients(source, epoch) + token * top_k;
+  const T* dout = p.Gradients(source, epoch) + token * p.hidden;
+  const float* weights = p.Weights(source, epoch) + token * top_k;
+  TokenGradients<T> gradients{dout, p.y, p.dy, p.hidden, slots, weights};
   for (int first = 0; first < top_k; first += kWeightsAtOnce) {
     int count = min(kWeightsAtOnce, top_k - first);
     gradients.ScaleAndDot(team, first, count, partial);
@@ -102,22 +57,12 @@ __device__ bool Collect(const GroupBackwardParams<T>& p,
     is_there = WaitForFlag(p.group, flag, epoch, Phase::kReturned, team.thread);
   }
   if (!team.And(is_there)) return false;
-  const float* table = GradientTable(p, p.group.rank, epoch);
+  const float* table = p.WeightGradients(p.group.rank, epoch);
   int64_t end = min((chunk + 1) * kTableChunk, p.num_weights());
   for (int64_t i = chunk * kTableChunk + team.thread; i < end; i += kThreads) {
     p.dweights[i] = p.owners[i] >= 0 ? table[i] : 0.0f;
   }
   return true;
-}
-
-// One thread: adds pulls that are done; whoever adds the last tells all ranks that its weight
-// gradients are there.
-template <typename T>
-__device__ void CompletePulls(const GroupBackwardParams<T>& p, uint64_t epoch, int64_t count) {
-  if (!Complete(&p.group.launch->pulled, count, p.num_pulls())) return;
-  for (int rank = 0; rank < p.group.num_ranks; ++rank) {
-    StoreReleaseSystem(&p.group.controls[rank]->returned[p.group.rank], epoch);
-  }
 }
 
 // Inputs: plan, owners, dout, y, weights; writes all of dweights, dy but for an undefined tail,
@@ -172,9 +117,15 @@ __global__ void __launch_bounds__(kTeams* kThreads, 1)
 }  // namespace
 
 cudaError_t LoadGroupCombineBackward() {
-  return ForEachFloatType([](auto zero) {
+  LaunchLimits limits;
+  if (cudaError_t status = GetLaunchLimits(1, false, &limits); status != cudaSuccess) return status;
+  return ForEachFloatType([&](auto zero) {
+    using T = decltype(zero);
     cudaFuncAttributes attributes;
-    return cudaFuncGetAttributes(&attributes, GroupCombineBackwardKernel<decltype(zero)>);
+    cudaError_t status = cudaFuncGetAttributes(&attributes, GroupCombineBackwardKernel<T>);
+    if (status != cudaSuccess || !limits.has_bulk_copy) return status;
+    return cudaFuncSetAttribute(
+        GroupCombineBackwardBulkKernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, kRingBytes);
   });
 }
 
@@ -200,7 +151,12 @@ cudaError_t LaunchGroupCombineBackward(const GroupView& group,
     params.hidden = arrays.row_bytes / static_cast<int64_t>(sizeof(T));
     params.num_dout_chunks =
         group.is_one_process ? 0 : NumChunks(plan.num_tokens * arrays.row_bytes);
-    GroupCombineBackwardKernel<T><<<limits.num_sms, kTeams * kThreads, 0, stream>>>(params);
+    if (limits.has_bulk_copy && plan.top_k <= kMaxBulkTopK) {
+      GroupCombineBackwardBulkKernel<T>
+          <<<limits.num_sms, kBulkWarps * kWarpSize, kRingBytes, stream>>>(params);
+    } else {
+      GroupCombineBackwardKernel<T><<<limits.num_sms, kTeams * kThreads, 0, stream>>>(params);
+    }
     return cudaGetLastError();
   });
 }

@@ -2,6 +2,7 @@
 
 #include "combine.h"
 #include "combine_group.cuh"
+#include "combine_group_bulk.cuh"
 
 namespace jax_moe_ep {
 namespace {
@@ -9,34 +10,24 @@ namespace {
 constexpr int kTeams = 5;  // of one block an SM: the other SMs stay free
 constexpr int kThreads = 128;
 using CombineTeam = Team<kThreads, kTeams>;
-constexpr int64_t kTokensAhead = 1024;  // pushes before the first sum
-
-template <typename T>
-struct GroupCombineParams {
-  GroupView group;
-  RegionLayout layout;
-  RowsPlan plan;
-  const int32_t* owners;  // [T, K]
-  const T* y;             // [C, H]
-  const float* weights;   // [T, K] or null
-  T* out;                 // [T, H]
-  int64_t hidden;         // H
-  int64_t run_tokens;     // neighbouring tokens of one item and flag
-  CombineOrder order;
-};
-
-// Where rank `sender`'s partials of rank `receiver`'s tokens land.
-template <typename T>
-__device__ T* Landing(const GroupCombineParams<T>& p, int receiver, int sender, uint64_t epoch) {
-  int64_t place = sender < receiver ? sender : sender - 1;  // nothing lands from oneself
-  char* landing = Half(p.group, receiver, epoch) + p.layout.landing;
-  return reinterpret_cast<T*>(landing) + place * p.plan.num_tokens * p.hidden;
-}
+constexpr int64_t kTokensAhead = 1024;  // whose pushes come before the first sum
 
 __device__ bool HasRow(const int32_t* slots, int top_k) {
   bool has = false;
   for (int k = 0; k < top_k; ++k) has |= slots[k] >= 0;
   return has;
+}
+
+// Calls use(index) for the vectors of the piece's columns, divided among the team's threads.
+template <typename T, typename Use>
+__device__ void ForEachVector(const GroupCombineParams<T>& p,
+                              const CombineTeam& team,
+                              int64_t piece,
+                              Use use) {
+  int64_t end = p.pieces.EndByte(piece) / kVecBytes;
+  for (int64_t i = p.pieces.FirstByte(piece) / kVecBytes + team.thread; i < end; i += kThreads) {
+    use(i);
+  }
 }
 
 // False when a rank gave up.
@@ -46,30 +37,27 @@ __device__ bool Push(const GroupCombineParams<T>& p,
                      TeamReady<CombineTeam>& ready,
                      uint64_t epoch,
                      const CombineItem& item) {
-  int64_t run = item.run;
+  int64_t piece = item.piece;
   int source = Peer(p.group, item.offset);
   if (!ready.Wait(p.group, team, epoch, source)) return false;
-  T* landing = Landing(p, source, p.group.rank, epoch);
-  const float* table =
-      p.weights ? WeightTable(p.group, p.layout, p.plan, p.group.rank, source, epoch) : nullptr;
-  int64_t end = min((run + 1) * p.run_tokens, p.plan.num_tokens);
+  T* landing = p.Landing(source, p.group.rank, epoch);
   bool has_any = false;
-  for (int64_t token = run * p.run_tokens; token < end; ++token) {
-    const int32_t* slots = p.plan.slots + (source * p.plan.num_tokens + token) * p.plan.top_k;
+  int64_t end = p.pieces.EndToken(piece);
+  for (int64_t token = p.pieces.FirstToken(piece); token < end; ++token) {
+    const int32_t* slots = p.Slots(source, token);
     if (!HasRow(slots, p.plan.top_k)) continue;
     has_any = true;
-    const float* weights = table ? table + token * p.plan.top_k : nullptr;
-    for (int64_t index = team.thread; index < p.hidden / Vec<T>::kSize; index += kThreads) {
+    const float* weights = p.Weights(source, token, epoch);
+    ForEachVector(p, team, piece, [&](int64_t index) {
       float sums[Vec<T>::kSize] = {};
       SumRows(p.y, p.hidden, slots, weights, p.plan.top_k, index, sums);
       Vec<T>::Round(sums).Store(landing + token * p.hidden, index);
-    }
+    });
   }
   if (!has_any) return true;  // owners say so: nobody waits
   team.Sync();
   if (team.thread == 0) {
-    uint64_t* flag = &p.group.controls[source]->landed[epoch & 1][p.group.rank][run];
-    StoreReleaseSystem(flag, epoch);
+    StoreReleaseSystem(p.LandedFlag(source, p.group.rank, piece, epoch), epoch);
   }
   return true;
 }
@@ -88,12 +76,13 @@ template <typename T>
 __device__ void SumToken(const GroupCombineParams<T>& p,
                          const CombineTeam& team,
                          uint64_t epoch,
+                         int64_t piece,
                          int64_t token) {
   int me = p.group.rank, top_k = p.plan.top_k;
   uint32_t ranks = Owners(p.owners + token * top_k, top_k);
-  const int32_t* slots = p.plan.slots + (me * p.plan.num_tokens + token) * top_k;
-  const float* weights = p.weights ? p.weights + token * top_k : nullptr;
-  for (int64_t index = team.thread; index < p.hidden / Vec<T>::kSize; index += kThreads) {
+  const int32_t* slots = p.Slots(me, token);
+  const float* weights = p.Weights(me, token, epoch);
+  ForEachVector(p, team, piece, [&](int64_t index) {
     Vec<T> own{};
     if (ranks >> me & 1) {
       float sums[Vec<T>::kSize] = {};
@@ -105,13 +94,13 @@ __device__ void SumToken(const GroupCombineParams<T>& p,
       if (!(ranks >> rank & 1)) continue;
       Vec<T> partial = own;
       if (rank != me) {
-        partial = Vec<T>::Load(Landing(p, me, rank, epoch) + token * p.hidden, index);
+        partial = Vec<T>::Load(p.Landing(me, rank, epoch) + token * p.hidden, index);
       }
 #pragma unroll
       for (int j = 0; j < Vec<T>::kSize; ++j) sums[j] = __fadd_rn(sums[j], partial.Get(j));
     }
     Vec<T>::Round(sums).Store(p.out + token * p.hidden, index);
-  }
+  });
 }
 
 // False when a rank gave up.
@@ -119,8 +108,8 @@ template <typename T>
 __device__ bool Sum(const GroupCombineParams<T>& p,
                     const CombineTeam& team,
                     uint64_t epoch,
-                    int64_t run) {
-  int64_t begin = run * p.run_tokens, end = min(begin + p.run_tokens, p.plan.num_tokens);
+                    int64_t piece) {
+  int64_t begin = p.pieces.FirstToken(piece), end = p.pieces.EndToken(piece);
   bool has_landed = true;
   if (team.thread < p.group.num_ranks && team.thread != p.group.rank) {
     uint32_t ranks = 0;
@@ -128,21 +117,21 @@ __device__ bool Sum(const GroupCombineParams<T>& p,
       ranks |= Owners(p.owners + token * p.plan.top_k, p.plan.top_k);
     }
     if (ranks >> team.thread & 1) {
-      const uint64_t* flag = &OwnControl(p.group)->landed[epoch & 1][team.thread][run];
+      const uint64_t* flag = p.LandedFlag(p.group.rank, team.thread, piece, epoch);
       has_landed = WaitForFlag(p.group, flag, epoch, Phase::kLanded, team.thread);
     }
   }
   if (!team.And(has_landed)) return false;
-  for (int64_t token = begin; token < end; ++token) SumToken(p, team, epoch, token);
+  for (int64_t token = begin; token < end; ++token) SumToken(p, team, epoch, piece, token);
   return true;
 }
 
 // Inputs: plan, owners, y, weights; writes all of out, partials into the peers' landing areas and
 // weights into their tables. Launch: any number of blocks of kTeams * kThreads. The steps are those
-// of protocol.cuh; a flag landed[p][run] is raised by rank p when its partials of the run are
-// there. The sums have a fixed order, whatever lands first. A claimed push waits for no sum, on any
-// rank: with sum u stuck, a team has claimed push u + ahead, so a cycle of ranks would need ever
-// smaller u.
+// of protocol.cuh; a flag landed[p][piece] is raised by rank p when its partials of the piece
+// are there. The sums have a fixed order, whatever lands first. A claimed push waits for no sum, on
+// any rank: with sum u stuck, a team has claimed push u + ahead, so a cycle of ranks would need
+// ever smaller u.
 //
 // Example (R = 2, K = 2, H = 1 of 4 copies): rank 0's token has weights (2, 0.5) and owners (0, 1);
 // y = 1 there and 4 on rank 1, whose partial 2 lands: 0 + 2*1 + 2 = 4.
@@ -166,7 +155,7 @@ __global__ void __launch_bounds__(kTeams* kThreads, 1)
       CombineItem item;
       if (!p.order.Find(position, &item)) continue;
       bool is_done =
-          item.offset == 0 ? Sum(p, team, epoch, item.run) : Push(p, team, ready, epoch, item);
+          item.offset == 0 ? Sum(p, team, epoch, item.piece) : Push(p, team, ready, epoch, item);
       if (!is_done) break;
     }
     team.Sync();
@@ -181,9 +170,15 @@ __global__ void __launch_bounds__(kTeams* kThreads, 1)
 }  // namespace
 
 cudaError_t LoadGroupCombine() {
-  return ForEachFloatType([](auto zero) {
+  LaunchLimits limits;
+  if (cudaError_t status = GetLaunchLimits(1, false, &limits); status != cudaSuccess) return status;
+  return ForEachFloatType([&](auto zero) {
+    using T = decltype(zero);
     cudaFuncAttributes attributes;
-    return cudaFuncGetAttributes(&attributes, GroupCombineKernel<decltype(zero)>);
+    cudaError_t status = cudaFuncGetAttributes(&attributes, GroupCombineKernel<T>);
+    if (status != cudaSuccess || !limits.has_bulk_copy) return status;
+    return cudaFuncSetAttribute(
+        GroupCombineBulkKernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, kRingBytes);
   });
 }
 
@@ -204,12 +199,16 @@ cudaError_t LaunchGroupCombine(const GroupView& group,
     params.weights = arrays.weights;
     params.out = static_cast<T*>(arrays.out);
     params.hidden = arrays.row_bytes / static_cast<int64_t>(sizeof(T));
-    params.run_tokens = (plan.num_tokens + kMaxRuns - 1) / kMaxRuns;
-    int64_t num_runs = (plan.num_tokens + params.run_tokens - 1) / params.run_tokens;
-    int64_t runs_ahead = (kTokensAhead + params.run_tokens - 1) / params.run_tokens;
-    int64_t ahead = std::min(num_runs, runs_ahead) * (group.num_ranks - 1);
-    params.order = {group.num_ranks, num_runs, ahead};
-    GroupCombineKernel<T><<<limits.num_sms, kTeams * kThreads, 0, stream>>>(params);
+    params.pieces = CombinePieces(plan.num_tokens, arrays.row_bytes);
+    int64_t runs = (kTokensAhead + params.pieces.run_tokens - 1) / params.pieces.run_tokens;
+    int64_t ahead = std::min(params.pieces.size(), runs * params.pieces.num_parts);
+    params.order = {group.num_ranks, params.pieces.size(), ahead * (group.num_ranks - 1)};
+    if (limits.has_bulk_copy && plan.top_k <= kMaxBulkTopK) {
+      GroupCombineBulkKernel<T>
+          <<<limits.num_sms, kBulkWarps * kWarpSize, kRingBytes, stream>>>(params);
+    } else {
+      GroupCombineKernel<T><<<limits.num_sms, kTeams * kThreads, 0, stream>>>(params);
+    }
     return cudaGetLastError();
   });
 }

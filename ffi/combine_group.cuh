@@ -1,4 +1,5 @@
-// What combine and its backward share in a group: the tables of weights, and where partials land.
+// What the kernels of combine and its backward share in a group: the tables of weights, where
+// partials land, how work is claimed.
 
 #ifndef JAX_MOE_EP_COMBINE_GROUP_CUH_
 #define JAX_MOE_EP_COMBINE_GROUP_CUH_
@@ -9,7 +10,8 @@
 namespace jax_moe_ep {
 namespace {
 
-constexpr int kTableChunk = 1024;  // numbers
+constexpr int kTableChunk = 1024;        // numbers
+constexpr int kMaxBulkTopK = kWarpSize;  // of the bulk paths: a lane a k
 
 __host__ __device__ inline int64_t NumTableChunks(int64_t size) {
   return (size + kTableChunk - 1) / kTableChunk;
@@ -43,6 +45,46 @@ __device__ inline void PushWeights(const GroupView& group,
   }
 }
 
+// combine of one rank. Its work is cut into pieces: some columns of neighbouring tokens, each with
+// a flag of its own. All ranks cut alike.
+template <typename T>
+struct GroupCombineParams {
+  GroupView group;
+  RegionLayout layout;
+  RowsPlan plan;
+  const int32_t* owners;  // [T, K]
+  const T* y;             // [C, H]
+  const float* weights;   // [T, K] or null
+  T* out;                 // [T, H]
+  int64_t hidden;         // H
+  CombinePieces pieces;
+  CombineOrder order;
+
+  // Where rank `sender`'s partials [T, H] of rank `receiver`'s tokens land.
+  __device__ T* Landing(int receiver, int sender, uint64_t epoch) const {
+    int64_t place = sender < receiver ? sender : sender - 1;  // nothing lands from oneself
+    char* landing = Half(group, receiver, epoch) + layout.landing;
+    return reinterpret_cast<T*>(landing) + place * plan.num_tokens * hidden;
+  }
+
+  // The rows of a token of rank `source` here, -1 elsewhere, and its weights.
+  __device__ const int32_t* Slots(int source, int64_t token) const {
+    return plan.slots + (source * plan.num_tokens + token) * plan.top_k;
+  }
+  __device__ const float* Weights(int source, int64_t token, uint64_t epoch) const {
+    if (weights == nullptr) return nullptr;
+    const float* table = source == group.rank
+                             ? weights
+                             : WeightTable(group, layout, plan, group.rank, source, epoch);
+    return table + token * plan.top_k;
+  }
+
+  // In rank `at`'s memory: raised by rank `sender` when its partials of the piece are there.
+  __device__ uint64_t* LandedFlag(int at, int sender, int64_t piece, uint64_t epoch) const {
+    return &group.controls[at]->landed[epoch & 1][sender][piece];
+  }
+};
+
 // A team's claims. The next one is asked for before the work on this one, whose time hides its
 // latency.
 template <typename Team>
@@ -70,6 +112,40 @@ struct TeamItems {
  private:
   __device__ void Ask() {
     if (team.thread == 0) next = Claim(group, &group.launch->claims);
+  }
+};
+
+// The same for a warp.
+struct WarpClaims {
+  const GroupView& group;
+  int64_t next = 0;  // of lane 0
+
+  __device__ explicit WarpClaims(const GroupView& group) : group(group) { Ask(); }
+
+  __device__ int64_t Next() {
+    int64_t item = __shfl_sync(kAllLanes, next, 0);
+    Ask();
+    return item;
+  }
+
+ private:
+  __device__ void Ask() {
+    if (threadIdx.x % kWarpSize == 0) next = Claim(group, &group.launch->claims);
+  }
+};
+
+// Which ranks a warp has seen ready.
+struct WarpReady {
+  uint32_t ranks = 0;  // a bit a rank
+
+  // False when a rank gave up.
+  __device__ bool Wait(const GroupView& group, uint64_t epoch, int source) {
+    if (ranks >> source & 1) return true;
+    bool is_ready = threadIdx.x % kWarpSize != 0 || WaitForReady(group, epoch, source);
+    if (!__shfl_sync(kAllLanes, is_ready, 0)) return false;
+    __syncwarp();  // lane 0 has acquired for all
+    ranks |= 1u << source;
+    return true;
   }
 };
 

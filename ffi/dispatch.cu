@@ -21,73 +21,116 @@ constexpr int kGroupVectorThreads = 1024;  // of one block an SM: others stay fr
 constexpr int64_t kLead = 256;             // own tokens before the first of a peer
 
 // One warp's ring.
-template <bool kInGroup>
 struct Ring {
   char* stages;           // [kStages, tile_bytes]
   uint64_t* barriers;     // [kStages]
   uint32_t parities = 0;  // a bit a stage: of its next wait
-  uint32_t loaded = 0;    // a bit a stage: whether its item has a row here
+  uint32_t loaded = 0;    // a bit a stage: whether something is loading or loaded
 
-  // Starts the load of an item; tokens without rows are not read.
-  __device__ void Load(const DispatchParams& p,
-                       WarpItems<kInGroup>& items,
-                       int64_t item,
-                       int stage) {
-    loaded &= ~(1u << stage);
-    if (item >= NumItems<kInGroup>(p)) return;
-    Tile<kInGroup> tile(p, item);
-    if (!tile.HasRow(p) || !items.IsReady(p, tile.source)) return;
-    loaded |= 1u << stage;
-    if (threadIdx.x % kWarpSize != 0) return;
-    ptx::MbarrierArriveExpectBytes(&barriers[stage], tile.bytes);
-    ptx::BulkLoad(stages + int64_t{stage} * p.tile_bytes,
-                  tile.Data(p, items.epoch),
-                  tile.bytes,
-                  &barriers[stage]);
+  // Starts a load; without bytes there is none.
+  __device__ void Load(const DispatchParams& p, int stage, const char* from, uint32_t bytes) {
+    loaded = (loaded & ~(1u << stage)) | (bytes != 0 ? 1u << stage : 0);
+    if (bytes == 0 || threadIdx.x % kWarpSize != 0) return;
+    ptx::MbarrierArriveExpectBytes(&barriers[stage], bytes);
+    ptx::BulkLoad(Data(p, stage), from, bytes, &barriers[stage]);
   }
 
-  // Edge 3. Waits for the item and stores it to its rows, in one group a lane.
-  __device__ void Store(const DispatchParams& p, int64_t item, int stage) {
-    if (loaded >> stage & 1) {
-      ptx::MbarrierWait(&barriers[stage], parities >> stage & 1);
-      parities ^= 1u << stage;
-      Tile<kInGroup> tile(p, item);
-      for (int k = threadIdx.x % kWarpSize; k < p.plan.top_k; k += kWarpSize) {
-        int64_t row = tile.Slots(p)[k];
-        if (row < 0) continue;
-        ptx::BulkStore(p.rows + row * p.row_bytes + tile.offset,
-                       stages + int64_t{stage} * p.tile_bytes,
-                       tile.bytes);
-      }
-    }
-    ptx::BulkCommitGroup();
+  // Edge 3. Waits for the load of a stage; false when there was none.
+  __device__ bool Wait(int stage) {
+    if (!(loaded >> stage & 1)) return false;
+    ptx::MbarrierWait(&barriers[stage], parities >> stage & 1);
+    parities ^= 1u << stage;
+    return true;
+  }
+
+  __device__ char* Data(const DispatchParams& p, int stage) const {
+    return stages + int64_t{stage} * p.tile_bytes;
   }
 };
 
-// All items of a warp. Returns how many there were; their rows are written.
-template <bool kInGroup>
-__device__ int64_t MoveItems(const DispatchParams& p,
-                             WarpItems<kInGroup>& items,
-                             Ring<kInGroup>& ring) {
-  int64_t count = 0, num_items = NumItems<kInGroup>(p);
+// next() gives numbers up to `end`; load(number, stage) starts what store(number, stage) then sends
+// on, as one group a lane. Returns how many there were; the stores may still be reading.
+template <typename Next, typename Load, typename Store>
+__device__ int64_t Pipe(int64_t end, Next next, Load load, Store store) {
+  int64_t count = 0;
   int64_t pending[kPrefetch];  // loading, oldest first
 #pragma unroll
   for (int n = 0; n < kPrefetch; ++n) {
-    pending[n] = items.Next(p);
-    ring.Load(p, items, pending[n], n);
+    pending[n] = next();
+    if (pending[n] < end) load(pending[n], n);
   }
-  for (int stage = 0; pending[0] < num_items; stage = (stage + 1) % kStages) {
-    ring.Store(p, pending[0], stage);
+  for (int stage = 0; pending[0] < end; stage = (stage + 1) % kStages) {
+    store(pending[0], stage);
+    ptx::BulkCommitGroup();
     ++count;
 #pragma unroll
     for (int n = 1; n < kPrefetch; ++n) pending[n - 1] = pending[n];
-    pending[kPrefetch - 1] = items.Next(p);
+    pending[kPrefetch - 1] = next();
     // The stage of the next load was last read by the stores of kStages - kPrefetch items ago.
     ptx::BulkWaitGroupRead<kStages - kPrefetch>();
     __syncwarp();
-    ring.Load(p, items, pending[kPrefetch - 1], (stage + kPrefetch) % kStages);
+    if (pending[kPrefetch - 1] < end) load(pending[kPrefetch - 1], (stage + kPrefetch) % kStages);
   }
   return count;
+}
+
+// Zeroes a row with the bulk stores of one lane.
+__device__ void ZeroRow(const DispatchParams& p, int64_t row, const char* zeros) {
+  if (threadIdx.x % kWarpSize != 0) return;
+  for (int64_t offset = 0; offset < p.row_bytes; offset += p.tile_bytes) {
+    int64_t left = p.row_bytes - offset;
+    ptx::BulkStore(p.rows + row * p.row_bytes + offset,
+                   zeros,
+                   static_cast<uint32_t>(min(left, int64_t{p.tile_bytes})));
+  }
+}
+
+// All items of a warp. Returns how many there were. A row is zeroed beside each, so that memory has
+// work while others wait for the link.
+template <bool kInGroup>
+__device__ int64_t MoveItems(const DispatchParams& p,
+                             WarpItems<kInGroup>& items,
+                             Ring& ring,
+                             ZeroRows& zero,
+                             const char* zeros) {
+  auto load = [&](int64_t item, int stage) {
+    Tile<kInGroup> tile(p, item);
+    bool has_row = tile.HasRow(p) && items.IsReady(p, tile.source);  // others are not read
+    ring.Load(p, stage, has_row ? tile.Data(p, items.epoch) : nullptr, has_row ? tile.bytes : 0);
+  };
+  auto store = [&](int64_t item, int stage) {
+    int64_t row;
+    if (zero.Next(&row)) ZeroRow(p, row, zeros);
+    if (!ring.Wait(stage)) return;
+    Tile<kInGroup> tile(p, item);
+    for (int k = threadIdx.x % kWarpSize; k < p.plan.top_k; k += kWarpSize) {
+      row = tile.Slots(p)[k];
+      if (row < 0) continue;
+      ptx::BulkStore(p.rows + row * p.row_bytes + tile.offset, ring.Data(p, stage), tile.bytes);
+    }
+  };
+  return Pipe(NumItems<kInGroup>(p), [&] { return items.Next(p); }, load, store);
+}
+
+// Copies x to where peers read it, a tile at a time, as all warps claim them; then they are told.
+__device__ void StageByBulk(const DispatchParams& p, uint64_t epoch, Ring& ring) {
+  char* to = Half(p.group, p.group.rank, epoch) + p.staging_offset;
+  int64_t bytes = p.plan.num_tokens * p.row_bytes;
+  auto size = [&](int64_t tile) {
+    return static_cast<uint32_t>(min(int64_t{p.tile_bytes}, bytes - tile * p.tile_bytes));
+  };
+  int64_t count = Pipe(
+      p.num_chunks,
+      [&] { return ClaimByWarp(p.group, &p.group.launch->staging); },
+      [&](int64_t tile, int stage) { ring.Load(p, stage, p.x + tile * p.tile_bytes, size(tile)); },
+      [&](int64_t tile, int stage) {
+        ring.Wait(stage);
+        if (threadIdx.x % kWarpSize != 0) return;
+        ptx::BulkStore(to + tile * p.tile_bytes, ring.Data(p, stage), size(tile));
+      });
+  ptx::BulkWaitAll();
+  CompleteStaging(p.group, epoch, nullptr, count, p.num_chunks);
+  ring.loaded = 0;
 }
 
 // Inputs: plan, x of all ranks; writes rows. Launch: any number of blocks of kBulkWarps warps, with
@@ -106,7 +149,7 @@ __global__ void __launch_bounds__(kBulkWarps* kWarpSize, 1)
   __shared__ uint64_t epoch;
   int warp = threadIdx.x / kWarpSize;
   char* stages = tiles + (int64_t{1} + int64_t{warp} * kStages) * p.tile_bytes;
-  Ring<kInGroup> ring{stages, barriers[warp]};
+  Ring ring{stages, barriers[warp]};
 
   if (threadIdx.x % kWarpSize == 0) {
     for (int stage = 0; stage < kStages; ++stage) ptx::MbarrierInit(&barriers[warp][stage], 1);
@@ -125,23 +168,17 @@ __global__ void __launch_bounds__(kBulkWarps* kWarpSize, 1)
   if (!kInGroup || epoch != kAborted) {
     if constexpr (kInGroup) {
       items.epoch = epoch;
-      StageX(p, epoch);
+      if (p.num_chunks > 0) StageByBulk(p, epoch, ring);
     }
-    int64_t count = MoveItems(p, items, ring);
+    ZeroRows zero(p.plan, worker, num_workers);
+    int64_t count = MoveItems(p, items, ring, zero, tiles);
     bool is_last = false;
     if constexpr (kInGroup) {
       ptx::BulkWaitAll();  // edge 4, for each lane's stores
       __syncwarp();
       is_last = CompleteItems(p, epoch, count);
     }
-    ForEachZeroRow(p.plan, worker, num_workers, [&](int64_t row) {
-      for (int64_t offset = 0; row >= 0 && offset < p.row_bytes; offset += p.tile_bytes) {
-        int64_t left = p.row_bytes - offset;
-        ptx::BulkStore(p.rows + row * p.row_bytes + offset,
-                       tiles,
-                       static_cast<uint32_t>(min(left, int64_t{p.tile_bytes})));
-      }
-    });
+    for (int64_t row; zero.Next(&row);) ZeroRow(p, row, tiles);
     ptx::BulkCommitGroup();
     ptx::BulkWaitAll();
     if (is_last) Finish(p.group, epoch, p.group.is_one_process);
@@ -232,6 +269,10 @@ void SetTiles(int64_t max_tile_bytes, DispatchParams* params) {
       static_cast<int>((params->row_bytes + params->tile_bytes - 1) / params->tile_bytes);
 }
 
+int64_t NumStagedChunks(const DispatchParams& params, int64_t chunk_bytes) {
+  return params.must_stage ? NumChunks(params.plan.num_tokens * params.row_bytes, chunk_bytes) : 0;
+}
+
 template <bool kInGroup>
 cudaError_t LoadKernels(bool has_bulk_copy) {
   cudaFuncAttributes attributes;
@@ -250,11 +291,13 @@ template <bool kInGroup>
 cudaError_t Launch(const LaunchLimits& limits, DispatchParams& params, cudaStream_t stream) {
   if (limits.has_bulk_copy) {
     SetTiles(kMaxTileBytes, &params);
+    params.num_chunks = NumStagedChunks(params, params.tile_bytes);
     int shared_bytes = (kBulkWarps * kStages + 1) * params.tile_bytes;
     DispatchBulkKernel<kInGroup>
         <<<limits.num_sms, kBulkWarps * kWarpSize, shared_bytes, stream>>>(params);
   } else {
     SetTiles(kVectorsPerLane * kWarpSize * kVecBytes, &params);
+    params.num_chunks = NumStagedChunks(params, kChunkBytes);
     int blocks = limits.num_sms * (kInGroup ? 1 : kVectorBlocksPerSm);
     DispatchVectorKernel<kInGroup>
         <<<blocks, kInGroup ? kGroupVectorThreads : kVectorThreads, 0, stream>>>(params);
@@ -295,7 +338,7 @@ cudaError_t LaunchGroupDispatch(const GroupView& group,
   params.group = group;
   params.order = {plan.num_tokens, std::min(plan.num_tokens, kLead)};
   params.staging_offset = layout.staging;
-  params.num_chunks = group.is_one_process ? 0 : NumChunks(plan.num_tokens * row_bytes);
+  params.must_stage = !group.is_one_process;
   return Launch<true>(limits, params, stream);
 }
 

@@ -21,7 +21,8 @@ struct DispatchParams {
   GroupView group;
   PullOrder order;
   int64_t staging_offset;  // of x in a half of a region, unless peers read it where it is
-  int64_t num_chunks;      // to stage
+  bool must_stage;
+  int64_t num_chunks;  // to stage: tiles with bulk copies, else of kChunkBytes
 };
 
 template <bool kInGroup>

@@ -15,7 +15,7 @@
 namespace jax_moe_ep {
 
 inline constexpr int kMaxRanks = 16;                  // GPUs of one host
-inline constexpr int kMaxRuns = 16 * 1024;            // flags of one rank's partials in a call
+inline constexpr int kMaxPieces = 16 * 1024;          // of one rank's partials, each with a flag
 inline constexpr int64_t kPartAlignment = 256;        // of the parts of a region
 inline constexpr int64_t kAllocationBytes = 2 << 20;  // cudaIpc maps whole multiples of this
 inline constexpr int64_t kRegionHeaderBytes = 256;    // its proof
@@ -59,11 +59,11 @@ struct Control {
   // Any rank's.
   uint32_t abort;  // 1 + the rank that gave up first; sticky
 
-  CallRecord records[2][kMaxRanks];         // by parity
-  uint64_t ready[kMaxRanks];                // p's data and record of this epoch can be read
-  uint64_t consumed[kMaxRanks];             // p reads nothing of this epoch and before any more
-  uint64_t returned[kMaxRanks];             // p's weight gradients of this epoch are here
-  uint64_t landed[2][kMaxRanks][kMaxRuns];  // by parity: p's partials of a run of tokens are here
+  CallRecord records[2][kMaxRanks];           // by parity
+  uint64_t ready[kMaxRanks];                  // p's data and record of this epoch can be read
+  uint64_t consumed[kMaxRanks];               // p reads nothing of this epoch and before any more
+  uint64_t returned[kMaxRanks];               // p's weight gradients of this epoch are here
+  uint64_t landed[2][kMaxRanks][kMaxPieces];  // by parity: p's partials of a piece are here
 };
 
 // Counters of the launches of one call site on one device: never two at a time. Zero in between.

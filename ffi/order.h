@@ -38,23 +38,68 @@ struct PullOrder {
   }
 };
 
-// A push: partials of a run of tokens of the peer `offset` places behind; or, with offset 0, the
-// sums of a run of own tokens.
+// How combine cuts the [T, row_bytes] of a rank: a piece is a part of the columns of a run of
+// neighbouring tokens. Short batches have many parts, long ones long runs.
+struct CombinePieces {
+  int64_t num_tokens;
+  int64_t row_bytes;
+  int64_t run_tokens;
+  int64_t part_bytes;  // a multiple of kPartBytes
+  int64_t num_parts;
+
+  static constexpr int64_t kPartBytes = 2048;
+  static constexpr int64_t kEnough = 2048;  // pieces, for the machine to be full
+
+  CombinePieces() = default;
+  JAX_MOE_EP_HOST_DEVICE CombinePieces(int64_t num_tokens, int64_t row_bytes)
+      : num_tokens(num_tokens), row_bytes(row_bytes) {
+    int64_t most = CeilDiv(row_bytes, kPartBytes);
+    int64_t wanted = num_tokens == 0 ? 1 : CeilDiv(kEnough, num_tokens);
+    part_bytes = CeilDiv(most, wanted < most ? wanted : most) * kPartBytes;
+    num_parts = CeilDiv(row_bytes, part_bytes);
+    run_tokens = CeilDiv(num_tokens * num_parts, kMaxPieces);
+    if (run_tokens == 0) run_tokens = 1;
+  }
+
+  JAX_MOE_EP_HOST_DEVICE int64_t size() const {
+    return CeilDiv(num_tokens, run_tokens) * num_parts;
+  }
+
+  JAX_MOE_EP_HOST_DEVICE int64_t FirstToken(int64_t piece) const {
+    return piece / num_parts * run_tokens;
+  }
+  JAX_MOE_EP_HOST_DEVICE int64_t EndToken(int64_t piece) const {
+    return Least(FirstToken(piece) + run_tokens, num_tokens);
+  }
+  JAX_MOE_EP_HOST_DEVICE int64_t FirstByte(int64_t piece) const {
+    return piece % num_parts * part_bytes;
+  }
+  JAX_MOE_EP_HOST_DEVICE int64_t EndByte(int64_t piece) const {
+    return Least(FirstByte(piece) + part_bytes, row_bytes);
+  }
+
+ private:
+  JAX_MOE_EP_HOST_DEVICE static int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
+  JAX_MOE_EP_HOST_DEVICE static int64_t Least(int64_t a, int64_t b) { return a < b ? a : b; }
+};
+
+// A push: partials of a piece of the peer `offset` places behind; or, with offset 0, the sums of an
+// own piece.
 struct CombineItem {
   int offset;
-  int64_t run;
+  int64_t piece;
 };
 
 // combine: `ahead` pushes, then sum 0, a push for each peer, sum 1, ...: sums find what they wait
 // for there, and both directions of the link and the memory work at once.
 struct CombineOrder {
   int num_ranks;
-  int64_t num_runs;
+  int64_t num_pieces;
   int64_t ahead;  // a multiple of the number of peers
 
-  JAX_MOE_EP_HOST_DEVICE int64_t size() const { return ahead + num_runs * num_ranks; }
+  JAX_MOE_EP_HOST_DEVICE int64_t size() const { return ahead + num_pieces * num_ranks; }
 
-  // False for a push of a run that is none: pushes have run out.
+  // False for a push of a piece that is none: pushes have run out.
   JAX_MOE_EP_HOST_DEVICE bool Find(int64_t position, CombineItem* item) const {
     int64_t num_peers = num_ranks - 1, push = position;
     if (position >= ahead) {
@@ -66,7 +111,7 @@ struct CombineOrder {
       push = ahead + turn * num_peers + place - 1;
     }
     *item = {static_cast<int>(1 + push % num_peers), push / num_peers};
-    return item->run < num_runs;
+    return item->piece < num_pieces;
   }
 };
 

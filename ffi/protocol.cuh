@@ -111,9 +111,10 @@ __device__ inline int64_t ClaimByWarp(const GroupView& group, uint64_t* counter)
 
 // Copies 16 KB of 16-byte vectors at a time, or what is left of them.
 inline constexpr int64_t kChunkVectors = 1024;
+inline constexpr int64_t kChunkBytes = kChunkVectors * kVecBytes;
 
-inline int64_t NumChunks(int64_t bytes) {
-  return (bytes + kChunkVectors * kVecBytes - 1) / (kChunkVectors * kVecBytes);
+inline int64_t NumChunks(int64_t bytes, int64_t chunk_bytes = kChunkBytes) {
+  return (bytes + chunk_bytes - 1) / chunk_bytes;
 }
 
 __device__ inline void CopyChunk(const uint4* from, uint4* to, int64_t chunk, int64_t num_vectors) {
@@ -122,6 +123,21 @@ __device__ inline void CopyChunk(const uint4* from, uint4* to, int64_t chunk, in
   for (int64_t i = chunk * kChunkVectors + threadIdx.x % kWarpSize; i < end; i += kWarpSize) {
     to[i] = from[i];
   }
+}
+
+// A warp has staged `count` chunks, and its lane 0 sees that all are written; who stages the last
+// tells the peers.
+__device__ inline void CompleteStaging(const GroupView& group,
+                                       uint64_t epoch,
+                                       const void* address,
+                                       int64_t count,
+                                       int64_t num_chunks) {
+  __syncwarp();
+  if (threadIdx.x % kWarpSize != 0 || count == 0) return;
+  // Edge 2, on the writer's side: staged or read by bulk copies, or by neither.
+  ptx::FenceProxyAsync();
+  int64_t before = static_cast<int64_t>(AddAcqRelDevice(&group.launch->staged, count));
+  if (before + count == num_chunks) Publish(group, epoch, address);
 }
 
 // Every warp: copy(chunk) for chunks that are claimed until all are; then the peers are told.
@@ -133,12 +149,7 @@ __device__ void Stage(
   for (int64_t chunk; (chunk = ClaimByWarp(group, &launch->staging)) < num_chunks; ++count) {
     copy(chunk);
   }
-  __syncwarp();
-  if (threadIdx.x % kWarpSize != 0 || count == 0) return;
-  // Edge 2, on the writer's side: peers may read it with bulk copies.
-  ptx::FenceProxyAsync();
-  int64_t before = static_cast<int64_t>(AddAcqRelDevice(&launch->staged, count));
-  if (before + count == num_chunks) Publish(group, epoch, address);
+  CompleteStaging(group, epoch, address, count, num_chunks);
 }
 
 __device__ inline bool AreEqual(const CallSignature& a, const CallSignature& b) {

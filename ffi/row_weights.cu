@@ -25,9 +25,10 @@ __global__ void __launch_bounds__(kThreads)
   for (int64_t i = thread; i < p.plan.num_tokens * p.plan.top_k; i += num_threads) {
     if (int32_t row = p.plan.slots[i]; row >= 0) p.out[row] = p.in[i];
   }
-  ForEachZeroRow(p.plan, thread / kWarpSize, num_threads / kWarpSize, [&](int64_t row) {
+  ZeroRows zero(p.plan, thread / kWarpSize, num_threads / kWarpSize);
+  for (int64_t row; zero.NextOfLanes(&row);) {
     if (row >= 0) p.out[row] = T{};
-  });
+  }
 }
 
 // Inputs: plan, drow [C]; writes all of dweights [T, K]. Launch: any number of blocks.

@@ -11,51 +11,76 @@ namespace jax_moe_ep {
 inline constexpr int kWarpSize = 32;
 inline constexpr unsigned kAllLanes = 0xffffffffu;
 
-// Calls visit(row) for padding rows and, with a zero tail, for tail rows. Each such row is visited
-// by one lane of one worker warp; lanes without a row visit -1, so that visit may be collective.
+// The padding rows and, with a zero tail, the tail rows, divided among worker warps: each is found
+// by one of them. All lanes call.
 //
 // Padding is searched over (r, group), r < A, in which row r of a group's padding is live or not:
 // neighbouring lanes look at neighbouring groups, so that work spreads evenly over workers.
-template <typename Visit>
-__device__ void ForEachZeroRow(const RowsPlan& plan,
-                               int64_t worker,
-                               int64_t num_workers,
-                               Visit visit) {
-  int lane = threadIdx.x % kWarpSize;
-  int64_t stride = num_workers * kWarpSize;
-  int64_t candidates = int64_t{plan.num_groups} * plan.alignment;
-  for (int64_t base = worker * kWarpSize; base < candidates; base += stride) {
-    int64_t i = base + lane, row = -1;
-    if (i < candidates) {
-      int group = static_cast<int>(i % plan.num_groups);
-      int64_t unused = plan.group_counts[group] + i / plan.num_groups;
-      if (unused < plan.group_sizes[group]) row = plan.group_starts[group] + unused;
-    }
-    visit(row);
-  }
-  if (!plan.zero_tail) return;
-  int last = plan.num_groups - 1;
-  int64_t end = plan.group_starts[last] + plan.group_sizes[last];
-  for (int64_t base = end + worker * kWarpSize; base < plan.capacity; base += stride) {
-    visit(base + lane < plan.capacity ? base + lane : -1);
-  }
-}
+class ZeroRows {
+ public:
+  __device__ ZeroRows(const RowsPlan& plan, int64_t worker, int64_t num_workers)
+      : plan_(plan),
+        candidates_(int64_t{plan.num_groups} * plan.alignment),
+        padding_(worker * kWarpSize),
+        tail_(worker * kWarpSize),
+        stride_(num_workers * kWarpSize) {}
 
-// The same, with a warp storing 16 zero bytes a lane.
+  // The warp's next row, the same for all lanes; false when there are no more.
+  __device__ bool Next(int64_t* row) {
+    while (lanes_ == 0) {
+      if (!NextOfLanes(&found_)) return false;
+      lanes_ = __ballot_sync(kAllLanes, found_ >= 0);
+    }
+    *row = __shfl_sync(kAllLanes, found_, __ffs(lanes_) - 1);
+    lanes_ &= lanes_ - 1;
+    return true;
+  }
+
+  // Up to 32 rows, one a lane, -1 for none; false when there are no more.
+  __device__ bool NextOfLanes(int64_t* row) {
+    int lane = threadIdx.x % kWarpSize;
+    *row = -1;
+    if (is_done_) return false;
+    if (padding_ < candidates_) {
+      int64_t i = padding_ + lane;
+      if (i < candidates_) {
+        int group = static_cast<int>(i % plan_.num_groups);
+        int64_t unused = plan_.group_counts[group] + i / plan_.num_groups;
+        if (unused < plan_.group_sizes[group]) *row = plan_.group_starts[group] + unused;
+      }
+      padding_ += stride_;
+      return true;
+    }
+    int last = plan_.num_groups - 1;
+    int64_t base = plan_.group_starts[last] + plan_.group_sizes[last] + tail_;
+    is_done_ = !plan_.zero_tail || base >= plan_.capacity;
+    if (is_done_) return false;
+    if (base + lane < plan_.capacity) *row = base + lane;
+    tail_ += stride_;
+    return true;
+  }
+
+ private:
+  const RowsPlan& plan_;
+  int64_t candidates_;
+  int64_t padding_, tail_;  // the next to look at, of lane 0
+  int64_t stride_;
+  bool is_done_ = false;
+  int64_t found_ = -1;  // by this lane
+  unsigned lanes_ = 0;  // whose rows are still to be returned by Next
+};
+
+// Zeroes them, 16 bytes a lane.
 __device__ inline void ZeroRowsByWarp(
     const RowsPlan& plan, char* rows, int64_t row_bytes, int64_t worker, int64_t num_workers) {
-  int lane = threadIdx.x % kWarpSize;
-  ForEachZeroRow(plan, worker, num_workers, [&](int64_t row) {
-    unsigned lanes = __ballot_sync(kAllLanes, row >= 0);
-    for (; lanes != 0; lanes &= lanes - 1) {
-      int64_t target = __shfl_sync(kAllLanes, row, __ffs(lanes) - 1);
-      uint4* out = reinterpret_cast<uint4*>(rows + target * row_bytes);
+  ZeroRows zero(plan, worker, num_workers);
+  for (int64_t row; zero.Next(&row);) {
+    uint4* out = reinterpret_cast<uint4*>(rows + row * row_bytes);
 #pragma unroll 4
-      for (int64_t i = lane; i < row_bytes / kVecBytes; i += kWarpSize) {
-        out[i] = make_uint4(0, 0, 0, 0);
-      }
+    for (int64_t i = threadIdx.x % kWarpSize; i < row_bytes / kVecBytes; i += kWarpSize) {
+      out[i] = make_uint4(0, 0, 0, 0);
     }
-  });
+  }
 }
 
 }  // namespace jax_moe_ep

@@ -39,7 +39,7 @@ int main(int, char** argv) {
     for (int64_t position = 0; position < order.size(); ++position) {
       CombineItem item{};
       bool is_there = order.Find(position, &item);
-      Print(is_there, item.offset, item.run);
+      Print(is_there, item.offset, item.piece);
     }
   }
   return 0;

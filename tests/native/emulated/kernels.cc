@@ -53,7 +53,7 @@ using namespace jax_moe_ep;
 
 // As emulated_ranks.py lays it out.
 struct Job {
-  int64_t op, rank, num_ranks, is_one_process, type, has_weights;
+  int64_t op, rank, num_ranks, is_one_process, type, has_weights, has_bulk_copy;
   int64_t num_tokens, top_k, num_groups, alignment, capacity, zero_tail, row_bytes;
   int64_t timeout_ns, options, half_bytes;
   char* controls;  // [num_ranks, control_bytes()]
@@ -112,7 +112,7 @@ int run(const Job* job) {
                 static_cast<int>(job->alignment),
                 job->capacity,
                 job->zero_tail != 0};
-  LaunchLimits limits{1, true, false};
+  LaunchLimits limits{1, true, job->has_bulk_copy != 0};
   RegionLayout layout(op,
                       job->is_one_process,
                       job->has_weights,

@@ -1,0 +1,73 @@
+// What the kernels of combine's backward share in a group.
+
+#ifndef JAX_MOE_EP_COMBINE_BACKWARD_GROUP_CUH_
+#define JAX_MOE_EP_COMBINE_BACKWARD_GROUP_CUH_
+
+#include "combine_group.cuh"
+
+namespace jax_moe_ep {
+namespace {
+
+template <typename T>
+struct GroupBackwardParams {
+  GroupView group;
+  RegionLayout layout;
+  RowsPlan plan;
+  PullOrder order;
+  const int32_t* owners;    // [T, K]
+  const T* dout;            // [T, H]
+  const T* y;               // [C, H]
+  const float* weights;     // [T, K]
+  T* dy;                    // [C, H]
+  float* dweights;          // [T, K]
+  int64_t hidden;           // H
+  int64_t num_dout_chunks;  // to stage; 0: peers read dout where it is
+
+  __device__ int64_t num_weights() const { return plan.num_tokens * plan.top_k; }
+  __device__ int64_t num_table_chunks() const { return NumTableChunks(num_weights()); }
+  __device__ int64_t num_pulls() const { return order.size(group.num_ranks); }
+
+  // Once the source is ready: its gradients [T, H] and weights [T, K], and where its weight
+  // gradients go, in its own memory.
+  __device__ const T* Gradients(int source, uint64_t epoch) const {
+    const char* own = reinterpret_cast<const char*>(dout);
+    return reinterpret_cast<const T*>(TokensOf(group, epoch, source, own, layout.staging));
+  }
+  __device__ const float* Weights(int source, uint64_t epoch) const {
+    if (source == group.rank) return weights;
+    return WeightTable(group, layout, plan, group.rank, source, epoch);
+  }
+  __device__ float* WeightGradients(int source, uint64_t epoch) const {
+    return reinterpret_cast<float*>(Half(group, source, epoch) + layout.dweights);
+  }
+};
+
+template <typename T>
+__device__ void StageGradients(const GroupBackwardParams<T>& p, uint64_t epoch) {
+  uint4* to = reinterpret_cast<uint4*>(Half(p.group, p.group.rank, epoch) + p.layout.staging);
+  int64_t vectors = p.plan.num_tokens * (p.hidden / Vec<T>::kSize);
+  int64_t num_chunks = p.num_table_chunks() + p.num_dout_chunks;
+  Stage(p.group, epoch, p.dout, num_chunks, [&](int64_t chunk) {
+    if (chunk < p.num_table_chunks()) {
+      PushWeights(p.group, p.layout, p.plan, p.weights, epoch, chunk);
+    } else {
+      const uint4* from = reinterpret_cast<const uint4*>(p.dout);
+      CopyChunk(from, to, chunk - p.num_table_chunks(), vectors);
+    }
+  });
+}
+
+// One thread: adds pulls that are done; whoever adds the last tells all ranks that its weight
+// gradients are there.
+template <typename T>
+__device__ void CompletePulls(const GroupBackwardParams<T>& p, uint64_t epoch, int64_t count) {
+  if (!Complete(&p.group.launch->pulled, count, p.num_pulls())) return;
+  for (int rank = 0; rank < p.group.num_ranks; ++rank) {
+    StoreReleaseSystem(&p.group.controls[rank]->returned[p.group.rank], epoch);
+  }
+}
+
+}  // namespace
+}  // namespace jax_moe_ep
+
+#endif  // JAX_MOE_EP_COMBINE_BACKWARD_GROUP_CUH_

@@ -1,0 +1,294 @@
+// combine's backward in a group with bulk copies: every warp claims tokens, and has a ring of tiles
+// that are loading while earlier ones meet their gradient.
+
+#ifndef JAX_MOE_EP_COMBINE_BACKWARD_GROUP_BULK_CUH_
+#define JAX_MOE_EP_COMBINE_BACKWARD_GROUP_BULK_CUH_
+
+#include "combine_backward_group.cuh"
+#include "tile_ring.cuh"
+
+namespace jax_moe_ep {
+namespace {
+
+// A tile of a token's gradient, or one of a row of y that it meets.
+struct BackwardNote {
+  int k;  // of the row; -1 for the gradient
+  float weight;
+  int bytes;
+  uint32_t rows;    // with the last tile of the token: a bit a k that has a row here
+  void* dy;         // of the row
+  float* dweights;  // with the last tile: of the token
+};
+using BackwardRing = TileRing<BackwardNote>;
+
+// A token of any rank that has rows here.
+struct BackwardToken {
+  int source;
+  int64_t token;
+  int32_t slot;   // of k = lane
+  float weight;   // likewise
+  uint32_t rows;  // a bit a k
+};
+
+// What a warp feeds its ring with. The claim of a token, and the loads of its slots and weights,
+// are under way while the token before is fed.
+template <typename T>
+class BackwardFeeder {
+ public:
+  __device__ BackwardFeeder(const GroupBackwardParams<T>& p, BackwardRing& ring, uint64_t epoch)
+      : p_(p), ring_(ring), epoch_(epoch), claims_(p.group) {
+    Prepare();
+  }
+
+  // Until the ring is full or there are no more tokens. False when a rank gave up.
+  __device__ bool Feed() {
+    while (!ring_.IsFull() && BeginToken()) PushTile();
+    return is_fine_;
+  }
+
+  __device__ int64_t num_claimed() const { return num_claimed_; }
+
+  // The first claim that is no pull, and those after it.
+  __device__ int64_t position() const { return position_; }
+  __device__ int64_t NextPosition() { return position_ = claims_.Next(); }
+
+ private:
+  // Takes claims up to the next token with rows.
+  __device__ void Prepare() {
+    has_next_ = false;
+    while (is_fine_ && !has_next_) {
+      position_ = claims_.Next();
+      if (position_ >= p_.num_pulls()) return;
+      ++num_claimed_;
+      Load();
+    }
+  }
+
+  __device__ void Load() {
+    const GroupView& group = p_.group;
+    if (!p_.order.Find(group.rank, group.num_ranks, position_, &next_.source, &next_.token)) return;
+    int lane = threadIdx.x % kWarpSize, top_k = p_.plan.top_k;
+    int64_t place = next_.token * top_k + lane;
+    next_.slot = -1;
+    if (lane < top_k) {
+      next_.slot = p_.plan.slots[next_.source * p_.plan.num_tokens * top_k + place];
+    }
+    next_.rows = __ballot_sync(kAllLanes, next_.slot >= 0);
+    if (next_.rows == 0) return;
+    is_fine_ = ready_.Wait(group, epoch_, next_.source);
+    if (!is_fine_) return;
+    if (lane < top_k) next_.weight = p_.Weights(next_.source, epoch_)[place];
+    has_next_ = true;
+  }
+
+  // Whether there is a tile to push.
+  __device__ bool BeginToken() {
+    if (is_in_token_) return true;
+    if (!has_next_) return false;
+    now_ = next_;
+    is_in_token_ = true;
+    column_ = 0;
+    BeginColumns();
+    Prepare();
+    return true;
+  }
+
+  __device__ void BeginColumns() {
+    is_gradient_ = true;
+    rows_ = now_.rows;
+  }
+
+  // Of some columns, the gradient's tile and then those of the rows, in the order of k.
+  __device__ void PushTile() {
+    int64_t row_bytes = p_.hidden * sizeof(T);
+    BackwardNote note{};
+    note.k = -1;
+    note.bytes = static_cast<int>(min(int64_t{kTileBytes}, row_bytes - column_));
+    if (is_gradient_) {
+      is_gradient_ = false;
+      const T* gradients = p_.Gradients(now_.source, epoch_) + now_.token * p_.hidden;
+      ring_.Push(reinterpret_cast<const char*>(gradients) + column_, note.bytes, note);
+      return;
+    }
+    note.k = __ffs(rows_) - 1;
+    rows_ &= rows_ - 1;
+    int64_t start = __shfl_sync(kAllLanes, now_.slot, note.k) * row_bytes + column_;
+    note.weight = __shfl_sync(kAllLanes, now_.weight, note.k);
+    note.dy = reinterpret_cast<char*>(p_.dy) + start;
+    if (rows_ == 0) {
+      column_ += kTileBytes;
+      BeginColumns();
+      if (column_ >= row_bytes) {
+        is_in_token_ = false;
+        note.rows = now_.rows;
+        note.dweights = p_.WeightGradients(now_.source, epoch_) + now_.token * p_.plan.top_k;
+      }
+    }
+    ring_.Push(reinterpret_cast<const char*>(p_.y) + start, note.bytes, note);
+  }
+
+  const GroupBackwardParams<T>& p_;
+  BackwardRing& ring_;
+  uint64_t epoch_;
+  WarpClaims claims_;
+  WarpReady ready_;
+  bool is_fine_ = true;
+  int64_t num_claimed_ = 0;
+  int64_t position_ = 0;
+  bool has_next_ = false;
+  BackwardToken next_{};
+  // What is being fed.
+  BackwardToken now_{};
+  bool is_in_token_ = false;
+  bool is_gradient_ = false;
+  int64_t column_ = 0;  // in bytes
+  uint32_t rows_ = 0;   // left of these columns
+};
+
+// The gradient's tile, and the dot products of the token so far.
+template <typename T>
+struct TileGradient {
+  Vec<T> gradient[kTileVectors] = {};
+  float dot = 0;  // of k = lane
+
+  __device__ void Take(const uint4* tile, const BackwardNote& note) {
+    ForEachTileVector(note.bytes, [&](int i) {
+      gradient[i] = Vec<T>::Load(reinterpret_cast<const T*>(tile), TilePlace(i));
+    });
+  }
+
+  // Writes the tile of dy, and adds the tile's part to the dot product of its k.
+  __device__ void Meet(const uint4* tile, const BackwardNote& note) {
+    float sum = 0;
+    ForEachTileVector(note.bytes, [&](int i) {
+      Vec<T> y = Vec<T>::Load(reinterpret_cast<const T*>(tile), TilePlace(i));
+      float scaled[Vec<T>::kSize];
+#pragma unroll
+      for (int j = 0; j < Vec<T>::kSize; ++j) {
+        float g = gradient[i].Get(j);
+        sum += g * y.Get(j);
+        scaled[j] = __fmul_rn(note.weight, g);
+      }
+      Vec<T>::Round(scaled).Store(static_cast<T*>(note.dy), TilePlace(i));
+    });
+    for (int step = kWarpSize / 2; step > 0; step /= 2) {
+      sum += __shfl_xor_sync(kAllLanes, sum, step);
+    }
+    if (threadIdx.x % kWarpSize == note.k) dot += sum;
+  }
+
+  __device__ void EndToken(const BackwardNote& note) {
+    int lane = threadIdx.x % kWarpSize;
+    if (note.rows >> lane & 1) note.dweights[lane] = dot;
+    dot = 0;
+  }
+};
+
+// Zeroes a row with bulk stores of one lane, in its next group.
+__device__ inline void BulkZeroRow(char* row, int64_t row_bytes, const char* zeros) {
+  if (threadIdx.x % kWarpSize != 0) return;
+  for (int64_t offset = 0; offset < row_bytes; offset += kTileBytes) {
+    int64_t left = row_bytes - offset;
+    ptx::BulkStore(row + offset, zeros, static_cast<uint32_t>(min(left, int64_t{kTileBytes})));
+  }
+}
+
+// A chunk of this rank's weight gradients by a warp, once all ranks have returned theirs. False
+// when a rank gave up.
+template <typename T>
+__device__ bool CollectByWarp(const GroupBackwardParams<T>& p, uint64_t epoch, int64_t chunk) {
+  int lane = threadIdx.x % kWarpSize;
+  bool is_there = true;
+  if (lane < p.group.num_ranks) {
+    const uint64_t* flag = &OwnControl(p.group)->returned[lane];
+    is_there = WaitForFlag(p.group, flag, epoch, Phase::kReturned, lane);
+  }
+  if (__any_sync(kAllLanes, !is_there)) return false;
+  __syncwarp();  // each lane has acquired for all
+  const float* table = p.WeightGradients(p.group.rank, epoch);
+  int64_t end = min((chunk + 1) * kTableChunk, p.num_weights());
+#pragma unroll 4
+  for (int64_t i = chunk * kTableChunk + lane; i < end; i += kWarpSize) {
+    p.dweights[i] = p.owners[i] >= 0 ? table[i] : 0.0f;
+  }
+  return true;
+}
+
+// As GroupCombineBackwardKernel, for at most kMaxBulkTopK experts a token. Rows are zeroed in
+// between, so that memory has work while pulls wait for the link. Launch: any number of blocks of
+// kBulkWarps warps, with kRingBytes of shared memory.
+template <typename T>
+__global__ void __launch_bounds__(kBulkWarps* kWarpSize, 1)
+    GroupCombineBackwardBulkKernel(const __grid_constant__ GroupBackwardParams<T> p) {
+#if __CUDA_ARCH__ >= 900  // older ones are never launched with it
+  extern __shared__ __align__(128) char tiles[];
+  __shared__ uint64_t barriers[kBulkWarps][kRingTiles];
+  __shared__ BackwardNote notes[kBulkWarps][kRingTiles];
+  __shared__ uint4 zeros[kTileBytes / kVecBytes];
+  __shared__ uint64_t epoch;
+  int warp = threadIdx.x / kWarpSize;
+  BackwardRing ring{tiles + warp * kRingTiles * kTileBytes, barriers[warp], notes[warp]};
+  ring.Init();
+  for (int i = threadIdx.x; i < kTileBytes / kVecBytes; i += blockDim.x) {
+    zeros[i] = make_uint4(0, 0, 0, 0);
+  }
+  ptx::FenceProxyAsyncShared();
+  if (threadIdx.x == 0) epoch = Begin(p.group, true, nullptr);
+  __syncthreads();
+  if (epoch != kAborted) {
+    StageGradients(p, epoch);
+    BackwardFeeder<T> feeder(p, ring, epoch);
+    TileGradient<T> gradient;
+    int64_t row, row_bytes = p.hidden * sizeof(T);
+    ZeroRows zero(p.plan, int64_t{warp} * gridDim.x + blockIdx.x, int64_t{gridDim.x} * kBulkWarps);
+    char* dy = reinterpret_cast<char*>(p.dy);
+    bool goes_on = true;
+    for (;;) {
+      if (goes_on) goes_on = feeder.Feed();
+      if (ring.IsEmpty()) break;
+      BackwardNote note;
+      const uint4* tile = ring.Front(&note);
+      if (note.k < 0) {
+        gradient.Take(tile, note);
+      } else {
+        gradient.Meet(tile, note);
+      }
+      ring.Pop();
+      if (note.dweights == nullptr) continue;
+      gradient.EndToken(note);
+      if (zero.Next(&row)) {
+        BulkZeroRow(dy + row * row_bytes, row_bytes, reinterpret_cast<const char*>(zeros));
+        ptx::BulkCommitGroup();
+      }
+    }
+    __syncwarp();
+    bool is_first_lane = threadIdx.x % kWarpSize == 0;
+    if (goes_on && is_first_lane) CompletePulls(p, epoch, feeder.num_claimed());
+    while (zero.Next(&row)) {
+      BulkZeroRow(dy + row * row_bytes, row_bytes, reinterpret_cast<const char*>(zeros));
+    }
+    ptx::BulkCommitGroup();
+    int64_t chunks = 0, num_items = p.num_pulls() + p.num_table_chunks();
+    for (; goes_on && feeder.position() < num_items; feeder.NextPosition(), ++chunks) {
+      goes_on = CollectByWarp(p, epoch, feeder.position() - p.num_pulls());
+    }
+    ptx::BulkWaitAll();
+    __syncwarp();
+    bool is_last =
+        goes_on && is_first_lane && Complete(&p.group.launch->done, chunks, p.num_table_chunks());
+    if (is_last) {
+      TellConsumed(p.group, epoch);
+      Finish(p.group, epoch, p.group.is_one_process);
+    }
+  }
+  End(p.group, [&] {
+    PoisonByBlock(p.dy, p.plan.capacity * p.hidden * sizeof(T));
+    PoisonByBlock(p.dweights, p.num_weights() * sizeof(float));
+  });
+#endif
+}
+
+}  // namespace
+}  // namespace jax_moe_ep
+
+#endif  // JAX_MOE_EP_COMBINE_BACKWARD_GROUP_BULK_CUH_

@@ -1,0 +1,348 @@
+// combine in a group with bulk copies: every warp claims pieces, and has a ring of tiles that are
+// loading while it adds up earlier ones.
+
+#ifndef JAX_MOE_EP_COMBINE_GROUP_BULK_CUH_
+#define JAX_MOE_EP_COMBINE_GROUP_BULK_CUH_
+
+#include "combine_group.cuh"
+#include "tile_ring.cuh"
+
+namespace jax_moe_ep {
+namespace {
+
+// What a tile is, and what is due once it has been added.
+struct CombineNote {
+  enum : uint32_t {
+    kRow = 1,       // of this rank: its product with the weight goes into this rank's partial
+    kPartial = 2,   // of a peer
+    kLastRow = 4,   // this rank's partial is complete
+    kLastTile = 8,  // so is the sum
+  };
+  uint32_t what;
+  float weight;
+  int bytes;
+  void* out;       // of a complete partial for a peer, or of a complete sum
+  uint64_t* flag;  // to raise
+};
+using CombineRing = TileRing<CombineNote>;
+
+// A token of a piece on the way into the ring.
+struct CombineToken {
+  int32_t slot;    // of k = lane
+  float weight;    // likewise
+  uint32_t rows;   // a bit a k: whether it has a row here
+  uint32_t ranks;  // a bit a rank: whose partials make the result
+};
+
+// What a warp feeds its ring with. The claim of a piece, and the loads of what its first token
+// needs, are under way while the piece before is fed.
+template <typename T>
+class CombineFeeder {
+ public:
+  __device__ CombineFeeder(const GroupCombineParams<T>& p, CombineRing& ring, uint64_t epoch)
+      : p_(p), ring_(ring), epoch_(epoch), claims_(p.group) {
+    Prepare();
+  }
+
+  // Pushes tiles until the ring is full, there are no more, or partials that have not landed are
+  // next. For these it waits only when the ring is empty: what it claimed before is done then.
+  // False when a rank gave up.
+  __device__ bool Feed() {
+    while (!ring_.IsFull() && !IsDone()) {
+      if (token_ == end_token_) {
+        EndPiece();
+        continue;
+      }
+      if (!has_begun_) {
+        if (!HasLanded()) {
+          if (!ring_.IsEmpty()) return true;
+          if (!WaitForPartials()) return false;
+        }
+        BeginToken();
+        continue;
+      }
+      PushTile();
+    }
+    return is_fine_;
+  }
+
+  __device__ bool IsDone() const { return piece_.offset < 0; }
+  __device__ int64_t num_claimed() const { return num_claimed_; }
+
+ private:
+  __device__ int lane() const { return threadIdx.x % kWarpSize; }
+  __device__ int me() const { return p_.group.rank; }
+  __device__ bool IsPush() const { return piece_.offset > 0; }
+
+  // Takes the next claim, and loads what its first token needs.
+  __device__ void Prepare() {
+    for (;;) {
+      int64_t position = claims_.Next();
+      next_.offset = -1;
+      if (position >= p_.order.size()) return;
+      ++num_claimed_;
+      if (p_.order.Find(position, &next_)) break;
+    }
+    int source = Peer(p_.group, next_.offset);
+    if (next_.offset > 0 && !ready_.Wait(p_.group, epoch_, source)) {
+      next_.offset = -1;
+      is_fine_ = false;
+      return;
+    }
+    next_token_ = Load(next_.offset, source, p_.pieces.FirstToken(next_.piece));
+  }
+
+  __device__ CombineToken Load(int offset, int source, int64_t token) const {
+    CombineToken loaded{-1, 1.0f, 0, 0};
+    int owner = -1;
+    if (lane() < p_.plan.top_k) {
+      loaded.slot = p_.Slots(source, token)[lane()];
+      const float* weights = p_.Weights(source, token, epoch_);
+      if (weights != nullptr) loaded.weight = weights[lane()];
+      if (offset == 0) owner = p_.owners[token * p_.plan.top_k + lane()];
+    }
+    loaded.ranks = owner >= 0 ? 1u << owner : 0;  // of this lane, until the token begins
+    return loaded;
+  }
+
+  // The flag of a finished push, then the piece that was prepared.
+  __device__ void EndPiece() {
+    if (has_pushed_) {
+      CombineNote note{};
+      note.flag = p_.LandedFlag(Peer(p_.group, piece_.offset), me(), piece_.piece, epoch_);
+      ring_.Push(nullptr, 0, note);
+      has_pushed_ = false;
+      return;
+    }
+    piece_ = next_;
+    if (IsDone()) return;
+    token_ = p_.pieces.FirstToken(piece_.piece);
+    end_token_ = p_.pieces.EndToken(piece_.piece);
+    now_ = next_token_;
+    MakeBits();
+    Prepare();
+  }
+
+  __device__ void NextToken() {
+    has_begun_ = false;
+    if (++token_ == end_token_) return;
+    now_ = Load(piece_.offset, Peer(p_.group, piece_.offset), token_);
+    MakeBits();
+  }
+
+  __device__ void MakeBits() {
+    now_.rows = __ballot_sync(kAllLanes, now_.slot >= 0);
+    now_.ranks = IsPush() ? 1u << me() : OrOverWarp(now_.ranks);
+  }
+
+  __device__ static uint32_t OrOverWarp(uint32_t bits) {
+    for (int step = kWarpSize / 2; step > 0; step /= 2) {
+      bits |= __shfl_xor_sync(kAllLanes, bits, step);
+    }
+    return bits;
+  }
+
+  // Whether this lane is to look at the flag of a peer whose partial of the token counts.
+  __device__ bool IsWaiting() const {
+    return !IsPush() && lane() != me() && (now_.ranks >> lane() & 1);
+  }
+  __device__ const uint64_t* Flag() const {
+    return p_.LandedFlag(me(), lane(), piece_.piece, epoch_);
+  }
+
+  __device__ bool HasLanded() const {
+    bool is_missing = IsWaiting() && LoadAcquireSystem(Flag()) < epoch_;
+    return !__any_sync(kAllLanes, is_missing);
+  }
+
+  __device__ bool WaitForPartials() {
+    bool is_missing = IsWaiting() && !WaitForFlag(p_.group, Flag(), epoch_, Phase::kLanded, lane());
+    return !__any_sync(kAllLanes, is_missing);
+  }
+
+  // All that it needs has landed: bulk copies may read it.
+  __device__ void BeginToken() {
+    if (IsPush() && now_.rows == 0) {  // owners say so: nobody waits
+      NextToken();
+      return;
+    }
+    __syncwarp();  // others have acquired for lane 0
+    if (!IsPush()) ptx::FenceProxyAsync();
+    has_begun_ = true;
+    BeginColumns(p_.pieces.FirstByte(piece_.piece));
+  }
+
+  __device__ void BeginColumns(int64_t first_byte) {
+    column_ = first_byte;
+    rows_ = now_.rows;
+    ranks_ = now_.ranks;
+  }
+
+  // The next of the tiles that make the result of some columns: in the order of ranks, on this one
+  // in the order of k. A token that no rank has rows of is a note alone.
+  __device__ void PushTile() {
+    int64_t row_bytes = p_.pieces.row_bytes, end = p_.pieces.EndByte(piece_.piece);
+    CombineNote note{};
+    note.bytes = static_cast<int>(min(int64_t{kTileBytes}, end - column_));
+    const char* from = nullptr;
+    int rank = __ffs(ranks_) - 1;
+    if (rank == me()) {
+      int k = __ffs(rows_) - 1;
+      rows_ &= rows_ - 1;
+      int64_t row = __shfl_sync(kAllLanes, now_.slot, k);
+      note.weight = __shfl_sync(kAllLanes, now_.weight, k);
+      note.what = CombineNote::kRow | (rows_ == 0 ? CombineNote::kLastRow : 0);
+      from = reinterpret_cast<const char*>(p_.y) + row * row_bytes + column_;
+    } else if (rank >= 0) {
+      note.what = CombineNote::kPartial;
+      from = reinterpret_cast<const char*>(p_.Landing(me(), rank, epoch_)) + token_ * row_bytes +
+             column_;
+    }
+    if (rank != me() || rows_ == 0) ranks_ &= ranks_ - 1;
+    if (ranks_ != 0) {
+      ring_.Push(from, note.bytes, note);
+      return;
+    }
+    int receiver = Peer(p_.group, piece_.offset);
+    T* out = IsPush() ? p_.Landing(receiver, me(), epoch_) : p_.out;
+    note.out = reinterpret_cast<char*>(out) + token_ * row_bytes + column_;
+    note.what |= IsPush() ? 0 : CombineNote::kLastTile;
+    ring_.Push(from, from == nullptr ? 0 : note.bytes, note);
+    has_pushed_ = IsPush();
+    if (column_ + kTileBytes < end) {
+      BeginColumns(column_ + kTileBytes);
+    } else {
+      NextToken();
+    }
+  }
+
+  const GroupCombineParams<T>& p_;
+  CombineRing& ring_;
+  uint64_t epoch_;
+  WarpClaims claims_;
+  WarpReady ready_;
+  bool is_fine_ = true;
+  int64_t num_claimed_ = 0;
+  // The next piece.
+  CombineItem next_{-1, 0};
+  CombineToken next_token_{};
+  // What is being fed.
+  CombineItem piece_{0, 0};
+  int64_t token_ = 0, end_token_ = 0;
+  CombineToken now_{};
+  bool has_begun_ = false;         // the token
+  bool has_pushed_ = false;        // tiles of the piece, whose flag is due
+  int64_t column_ = 0;             // in bytes
+  uint32_t rows_ = 0, ranks_ = 0;  // left of these columns
+};
+
+// The sums of one tile: each lane has those of kTileVectors vectors.
+template <typename T>
+struct TileSums {
+  static constexpr int kSize = Vec<T>::kSize;
+  float own[kTileVectors][kSize] = {};  // this rank's partial
+  float all[kTileVectors][kSize] = {};
+
+  __device__ void Add(const uint4* tile, const CombineNote& note) {
+    const T* values = reinterpret_cast<const T*>(tile);
+    bool is_row = note.what & CombineNote::kRow;
+    ForEachTileVector(note.bytes, [&](int i) {
+      Vec<T> vec = Vec<T>::Load(values, TilePlace(i));
+#pragma unroll
+      for (int j = 0; j < kSize; ++j) {
+        float value = vec.Get(j);
+        if (is_row) {
+          own[i][j] = __fadd_rn(own[i][j], __fmul_rn(note.weight, value));
+        } else {
+          all[i][j] = __fadd_rn(all[i][j], value);
+        }
+      }
+    });
+  }
+
+  // The complete partial: to its receiver, or into the sum.
+  __device__ void EndRows(const CombineNote& note) {
+    bool is_push = note.out != nullptr && !(note.what & CombineNote::kLastTile);
+    ForEachTileVector(note.bytes, [&](int i) {
+      Vec<T> rounded = Vec<T>::Round(own[i]);
+      if (is_push) rounded.Store(static_cast<T*>(note.out), TilePlace(i));
+#pragma unroll
+      for (int j = 0; j < kSize; ++j) {
+        if (!is_push) all[i][j] = __fadd_rn(all[i][j], rounded.Get(j));
+        own[i][j] = 0;
+      }
+    });
+  }
+
+  __device__ void EndSum(const CombineNote& note) {
+    ForEachTileVector(note.bytes, [&](int i) {
+      Vec<T>::Round(all[i]).Store(static_cast<T*>(note.out), TilePlace(i));
+#pragma unroll
+      for (int j = 0; j < kSize; ++j) all[i][j] = 0;
+    });
+  }
+};
+
+// All that the warp claims. Returns how many items; false in `goes_on` when a rank gave up: what is
+// loading has landed all the same.
+template <typename T>
+__device__ int64_t
+CombineByWarp(const GroupCombineParams<T>& p, CombineRing& ring, uint64_t epoch, bool* goes_on) {
+  CombineFeeder<T> feeder(p, ring, epoch);
+  TileSums<T> sums;
+  *goes_on = true;
+  for (;;) {
+    if (*goes_on) *goes_on = feeder.Feed();
+    if (ring.IsEmpty()) break;
+    CombineNote note;
+    const uint4* tile = ring.Front(&note);
+    if (note.what & (CombineNote::kRow | CombineNote::kPartial)) sums.Add(tile, note);
+    ring.Pop();
+    if (note.what & CombineNote::kLastRow) sums.EndRows(note);
+    if (note.what & CombineNote::kLastTile) sums.EndSum(note);
+    if (note.flag == nullptr) continue;
+    __syncwarp();
+    if (threadIdx.x % kWarpSize == 0) StoreReleaseSystem(note.flag, epoch);
+  }
+  return feeder.num_claimed();
+}
+
+// As GroupCombineKernel, for at most kMaxBulkTopK experts a token. Launch: any number of blocks of
+// kBulkWarps warps, with kRingBytes of shared memory.
+template <typename T>
+__global__ void __launch_bounds__(kBulkWarps* kWarpSize, 1)
+    GroupCombineBulkKernel(const __grid_constant__ GroupCombineParams<T> p) {
+#if __CUDA_ARCH__ >= 900  // older ones are never launched with it
+  extern __shared__ __align__(128) char tiles[];
+  __shared__ uint64_t barriers[kBulkWarps][kRingTiles];
+  __shared__ CombineNote notes[kBulkWarps][kRingTiles];
+  __shared__ uint64_t epoch;
+  int warp = threadIdx.x / kWarpSize;
+  CombineRing ring{tiles + warp * kRingTiles * kTileBytes, barriers[warp], notes[warp]};
+  ring.Init();
+  ptx::FenceProxyAsyncShared();
+  int64_t num_chunks = p.weights ? NumTableChunks(p.plan.num_tokens * p.plan.top_k) : 0;
+  if (threadIdx.x == 0) epoch = Begin(p.group, num_chunks > 0, nullptr);
+  __syncthreads();
+  if (epoch != kAborted) {
+    Stage(p.group, epoch, nullptr, num_chunks, [&](int64_t chunk) {
+      PushWeights(p.group, p.layout, p.plan, p.weights, epoch, chunk);
+    });
+    bool goes_on;
+    int64_t count = CombineByWarp(p, ring, epoch, &goes_on);
+    __syncwarp();
+    bool is_last = goes_on && threadIdx.x % kWarpSize == 0 &&
+                   Complete(&p.group.launch->done, count, p.order.size());
+    if (is_last) {
+      TellConsumed(p.group, epoch);
+      Finish(p.group, epoch, false);
+    }
+  }
+  End(p.group, [&] { PoisonByBlock(p.out, p.plan.num_tokens * p.hidden * sizeof(T)); });
+#endif
+}
+
+}  // namespace
+}  // namespace jax_moe_ep
+
+#endif  // JAX_MOE_EP_COMBINE_GROUP_BULK_CUH_
