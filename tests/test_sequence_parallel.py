@@ -268,10 +268,10 @@ def test_weights_after_the_experts_are_float32(num_ranks):
     """D7: one bf16 row a token, its product with a float32 weight rounded once.
 
     1 + 2^-7 times 1 + 2^-8 is 1 + 2^-7 + 2^-8 + 2^-15, which rounds up to 1 + 2^-6; a weight
-    rounded to bf16 first would be 1 and give 1 + 2^-7.
+    rounded to bf16 first would be 1 and give 1 + 2^-7. Rows of 16 bytes, as the kernels want.
     """
-    x = np.full((3, H), 1 + 2.0**-7, jnp.bfloat16)
+    x = np.full((3, 8), 1 + 2.0**-7, jnp.bfloat16)
     ids = np.zeros((3, 1), np.int32)
     weights = np.full((3, 1), 1 + 2.0**-8, np.float32)
     out, _ = run_layer(num_ranks, x, ids, weights, np.ones(3, bool))
-    assert_bitwise_equal(out, np.full((3, H), 1 + 2.0**-6, jnp.bfloat16))
+    assert_bitwise_equal(out, np.full((3, 8), 1 + 2.0**-6, jnp.bfloat16))
