@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "failure.h"
+#include "order.h"
 
 namespace jax_moe_ep {
 namespace {
@@ -41,6 +42,17 @@ std::string TakeNextProblem(int device) {
 }
 
 ffi::Error Internal(std::string text) { return ffi::Error::Internal(std::move(text)); }
+
+// Whether kernels on the device can read the address; `own` is current again afterwards. Globals of
+// a module are mapped on their own GPU only, with peer access too.
+cudaError_t CanRead(int device, int own, const void* address, bool* can_read) {
+  cudaPointerAttributes attributes{};
+  cudaError_t status = cudaSetDevice(device);
+  if (status == cudaSuccess) status = cudaPointerGetAttributes(&attributes, address);
+  cudaError_t restored = cudaSetDevice(own);
+  *can_read = attributes.devicePointer != nullptr;
+  return status == cudaSuccess ? restored : status;
+}
 
 }  // namespace
 
@@ -155,6 +167,20 @@ GroupView Arena::View(int64_t half_bytes) const {
     view.regions[peer] = region->second.addresses[peer] + kRegionHeaderBytes;
   }
   return view;
+}
+
+// XLA lets all peers into its allocations or none, so one of them is asked.
+ffi::Error Arena::CheckPeersCanRead(const char* what, const void* address) const {
+  if (!is_one_process()) return ffi::Error::Success();
+  int device = peers_.devices[PeerOf(rank(), num_ranks(), 1)];
+  bool can_read = false;
+  JAX_MOE_EP_RETURN_IF_CUDA_ERROR(CanRead(device, device_, address, &can_read));
+  if (can_read) return ffi::Error::Success();
+  return ffi::Error::InvalidArgument(
+      std::string(what) +
+      " is memory that the other GPUs of the process cannot read, such as a constant of the "
+      "program. Pass it as an argument of the jitted function, or set JAX_MOE_EP_FORCE_STAGED=1 "
+      "before the function is traced");
 }
 
 std::vector<std::string> Arena::Failures() {

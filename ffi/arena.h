@@ -40,6 +40,10 @@ class Arena {
   // The view of a kernel whose call needs regions with halves of half_bytes.
   GroupView View(int64_t half_bytes) const;
 
+  // An error unless the peers of one process can read what the call gives them in place; `what`
+  // names it. Cheap and legal in every Execute, also while a stream is captured.
+  ffi::Error CheckPeersCanRead(const char* what, const void* address) const;
+
   // For Python, about all arenas of this process.
   static std::vector<std::string> Failures();  // first those who gave up themselves
   static void Reset();                         // waits for the devices; the next Ensure meets again

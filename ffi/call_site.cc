@@ -96,9 +96,7 @@ ffi::Error RequestGroup(CommunicatorContext& context, const GroupAttributes& att
       ffi::GroupMode::kFlattenedId, Groups(attributes), kOwnCommunicator);
 }
 
-// In any stage after Prepare.
-static ffi::ErrorOr<Arena*> GetArena(CommunicatorContext& context,
-                                     const GroupAttributes& attributes) {
+ffi::ErrorOr<Arena*> GetArena(CommunicatorContext& context, const GroupAttributes& attributes) {
   auto communicator =
       context.GetCommunicator(ffi::GroupMode::kFlattenedId, Groups(attributes), kOwnCommunicator);
   if (!communicator.has_value()) return communicator.error();
@@ -121,18 +119,16 @@ ffi::Error InitializeGroup(CommunicatorContext& context,
   return (*arena)->Ensure(HalfBytes(bytes), attributes.timeout_ns);
 }
 
-ffi::ErrorOr<GroupView> MakeView(CommunicatorContext& context,
+ffi::ErrorOr<GroupView> MakeView(const Arena& arena,
                                  CallSite* site,
                                  const GroupAttributes& attributes,
                                  int64_t row_bytes) {
-  auto arena = GetArena(context, attributes);
-  if (!arena.has_value()) return arena.error();
   int device = 0;
   if (ffi::Error error = ToFfiError("jax_moe_ep", cudaGetDevice(&device)); error.failure()) {
     return error;
   }
-  int64_t bytes = attributes.Layout((*arena)->is_one_process()).total;
-  GroupView view = (*arena)->View(HalfBytes(bytes));
+  int64_t bytes = attributes.Layout(arena.is_one_process()).total;
+  GroupView view = arena.View(HalfBytes(bytes));
   view.is_one_process &= !attributes.force_staged;
   view.timeout_ns = attributes.timeout_ns;
   view.launch = site->launch(device);

@@ -77,8 +77,11 @@ ffi::Error InitializeGroup(CommunicatorContext& context,
                            CallSite* site,
                            const GroupAttributes& attributes);
 
+// This rank's, in any stage after Prepare.
+ffi::ErrorOr<Arena*> GetArena(CommunicatorContext& context, const GroupAttributes& attributes);
+
 // Execute: the view of a launch that moves rows of row_bytes.
-ffi::ErrorOr<GroupView> MakeView(CommunicatorContext& context,
+ffi::ErrorOr<GroupView> MakeView(const Arena& arena,
                                  CallSite* site,
                                  const GroupAttributes& attributes,
                                  int64_t row_bytes);

@@ -21,6 +21,7 @@ using Owners = ffi::Buffer<ffi::S32, 2>;
 
 // What every Execute needs: the plan, limits, and the view of its group.
 struct Call {
+  const Arena* arena;
   RowsPlan plan;
   LaunchLimits limits;
   GroupView view;
@@ -64,11 +65,21 @@ ffi::Error MakeCall(const char* op,
                                           &call->plan,
                                           attributes.num_ranks));
   JAX_MOE_EP_RETURN_IF_ERROR(MakeLimits(op, attributes, &call->limits));
-  auto view = MakeView(context, site, attributes, row_bytes);
+  auto arena = GetArena(context, attributes);
+  if (!arena.has_value()) return arena.error();
+  auto view = MakeView(**arena, site, attributes, row_bytes);
   if (!view.has_value()) return view.error();
+  call->arena = *arena;
   call->view = *view;
   call->layout = attributes.Layout(view->is_one_process, row_bytes);
   return ffi::Error::Success();
+}
+
+// An error when peers read the argument in place, but cannot. All ranks run one program, so that it
+// is an error of all, before any of them launches the call.
+ffi::Error CheckReadInPlace(const Call& call, const char* what, const void* argument) {
+  if (!call.view.is_one_process) return ffi::Error::Success();
+  return call.arena->CheckPeersCanRead(what, argument);
 }
 
 template <typename Buffer>
@@ -121,6 +132,8 @@ ffi::Error DispatchImpl(cudaStream_t stream,
     JAX_MOE_EP_RETURN_IF_ERROR(CheckRows(kDispatch, "x", *in, call.plan.num_tokens, RowBytes(*in)));
     JAX_MOE_EP_RETURN_IF_ERROR(
         CheckRows(kDispatch, "rows", **out, call.plan.capacity, RowBytes(*in)));
+    JAX_MOE_EP_RETURN_IF_ERROR(
+        CheckReadInPlace(call, "jax_moe_ep.dispatch: x", in->untyped_data()));
     JAX_MOE_EP_RETURN_IF_ERROR(ToFfiError(kDispatch,
                                           LaunchGroupDispatch(call.view,
                                                               call.layout,
@@ -215,6 +228,8 @@ ffi::Error CombineBackwardImpl(cudaStream_t stream,
   for (const TokenWeights& each : {weights, *dweights}) {
     JAX_MOE_EP_RETURN_IF_ERROR(CheckDims(kBackward, "weights", each, {num_tokens, top_k}));
   }
+  JAX_MOE_EP_RETURN_IF_ERROR(CheckReadInPlace(
+      call, "jax_moe_ep.combine: the gradient of its result", dout.untyped_data()));
   CombineBackwardArrays arrays{type,
                                owners.typed_data(),
                                dout.untyped_data(),

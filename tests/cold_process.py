@@ -1,4 +1,6 @@
-"""A layer on two GPUs whose experts are the first matmuls of the process; see test_group.py."""
+"""What test_group.py runs on two GPUs in a process of its own: a layer whose experts are the first
+matmuls of the process or, with an argument, x or dout as a constant of the program.
+"""
 
 import importlib.util
 import sys
@@ -48,24 +50,50 @@ def main() -> None:
     print("right", "with tokamax" if has_tokamax else "without tokamax")
 
 
-def from_a_constant() -> None:
-    """Tokens that the program holds as a constant, read by peers where XLA keeps it."""
+def from_a_constant(name: str) -> None:
+    """Tokens, or their gradient in a weighted combine, that the program holds as a constant; then
+    the same as an argument, which works on the same group."""
     mesh = Mesh(np.array(jax.devices()[:R]), ("expert",))
     config = ep.EpConfig(E, "expert", implementation="cuda", timeout_s=60.0)
     rng = np.random.default_rng(0)
     ids = np.argsort(rng.random((R * T, E)), axis=1)[:, :K].astype(np.int32)
-    x = rng.integers(-4, 4, (T, H)).astype(np.float32)
+    tokens = rng.integers(-4, 4, (T, H)).astype(np.float32)
 
-    def step(ids):
+    def dispatch_and_back(x, ids):
         plan = ep.plan(ids, config)
         return ep.combine(ep.dispatch(x, plan), plan)
 
+    def back_of_combine(dout, ids):
+        plan = ep.plan(ids, config)
+        y, weights = jnp.zeros((plan.capacity, H)), jnp.ones(ids.shape)
+        dy = jax.vjp(lambda y: ep.combine(y, plan, weights), y)[1](dout)[0]
+        return ep.combine(dy, plan)
+
+    op = {"x": dispatch_and_back, "dout": back_of_combine}[name]
     spec = P("expert")
-    run = jax.jit(jax.shard_map(step, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False))
+
+    def on_ranks(shard):
+        return jax.jit(
+            jax.shard_map(shard, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+        )
+
+    everywhere = np.tile(tokens, (R, 1))
+    try:
+        out = jax.block_until_ready(on_ranks(lambda ids: op(tokens, ids))(ids))
+    except Exception as error:  # JAX wraps errors of calls in several types
+        print("error:", error)
+    else:
+        assert (np.asarray(out) == K * everywhere).all()
+        print("right as a constant")
+    ep.check()
+    run = on_ranks(op)
     for _ in range(3):
-        assert (np.asarray(run(ids)) == K * np.tile(x, (R, 1))).all()
+        assert (np.asarray(run(everywhere, ids)) == K * everywhere).all()
     ep.check()
     print("right")
 
 
-from_a_constant() if "constant" in sys.argv else main()
+if len(sys.argv) > 1:
+    from_a_constant(sys.argv[1])
+else:
+    main()

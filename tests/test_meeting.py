@@ -93,3 +93,14 @@ def test_a_failure_is_told_to_all_ranks_until_a_reset(program):
         assert texts(output, step) == ["fine"] * 2, step
     assert "epoch 0 abort 0" in output
     assert all("gave up in" in text for text in texts(output, "failed again"))
+
+
+def test_memory_that_peers_do_not_map_is_an_error(program):
+    """Of all ranks alike; the device that is current stays so."""
+    output = program("reads_in_place", 3)
+    assert (
+        texts(output, "meet") == texts(output, "start") == texts(output, "middle") == ["fine"] * 3
+    )
+    said = texts(output, "module")
+    assert len(said) == 3
+    assert all(text.startswith("x is memory that the other GPUs of the process") for text in said)

@@ -7,6 +7,7 @@
 #include <cstring>
 #include <deque>
 #include <functional>
+#include <iterator>
 #include <map>
 #include <mutex>
 #include <string>
@@ -83,6 +84,16 @@ cudaError_t cudaGetDevice(int* device) {
 }
 cudaError_t cudaSetDevice(int device) {
   fake::device = device;
+  return cudaSuccess;
+}
+cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes, const void* pointer) {
+  std::lock_guard<std::mutex> lock(fake::mutex);
+  *attributes = {};
+  auto next = fake::memory.upper_bound(const_cast<void*>(pointer));
+  if (next == fake::memory.begin()) return cudaSuccess;
+  auto [start, bytes] = *std::prev(next);
+  bool is_in = static_cast<const char*>(pointer) < static_cast<char*>(start) + bytes;
+  if (is_in) attributes->devicePointer = const_cast<void*>(pointer);
   return cudaSuccess;
 }
 cudaError_t cudaMalloc(void** pointer, size_t bytes) {

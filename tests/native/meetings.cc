@@ -140,6 +140,28 @@ void Resets() {
   Print("failed again", group.Run(group.everyone(), check));
 }
 
+// Of every rank: an allocation, the middle of it, and memory that no peer maps.
+void ReadsInPlace(int num_ranks) {
+  Group group(num_ranks);
+  Print("meet", group.Meet());
+  static char of_a_module;
+  auto read = [&](const char* what, auto address) {
+    Print(what, group.Run(group.everyone(), [&](Arena* arena) {
+      ffi::Error error = arena->CheckPeersCanRead("x", address(arena));
+      int device = -1;
+      cudaGetDevice(&device);
+      return device == arena->View(0).rank ? error : ffi::Error::Internal("another device");
+    }));
+  };
+  auto control = [](Arena* arena) {
+    GroupView view = arena->View(0);
+    return reinterpret_cast<char*>(view.controls[view.rank]);
+  };
+  read("start", control);
+  read("middle", [&](Arena* arena) { return control(arena) + 100; });
+  read("module", [&](Arena*) { return &of_a_module; });
+}
+
 void Run(const std::string& name, int num_ranks) {
   auto nothing = [] {};
   if (name == "meets") return Meets(num_ranks);
@@ -155,6 +177,7 @@ void Run(const std::string& name, int num_ranks) {
   }
   if (name == "one_stays_away") return OneStaysAway();
   if (name == "resets") return Resets();
+  if (name == "reads_in_place") return ReadsInPlace(num_ranks);
   printf("no scenario %s\n", name.c_str());
 }
 
