@@ -11,6 +11,7 @@ import pathlib
 import subprocess
 import sys
 
+import group_steps
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -227,35 +228,75 @@ def test_a_hog_on_most_sms():
 # What is reused, and when.
 
 
-def loop(config, num_steps, x, ids, base_all):
-    """Steps of dispatch with x new in each and overwritten right after it; wrong rows in all."""
-    plan = ep.plan(ids, config)
-    source = ep.row_sources(plan)
-
-    def step(i, carry):
-        x, wrong = carry
-        rows = ep.dispatch(x, plan)
-        fresh = base_all + i.astype(base_all.dtype)
-        want = jnp.where(source[:, None] >= 0, fresh[source // plan.top_k], 0)
-        return x + 1, wrong + (rows != want).sum()
-
-    return lax.fori_loop(0, num_steps, step, (x, jnp.zeros((), jnp.int32)))[1]
+# Longer than any rank needs from one call to the next two, the host's part included.
+LONG_DELAY_NS = 1_000_000
 
 
-@pytest.mark.parametrize("late", [0, R - 1, None])
-def test_tokens_are_not_overwritten_before_they_are_read(late):
-    """x is written by the fusion before each dispatch, and again while the late rank reads."""
-    config = cuda_config(BASE)
-    base = np.round(make_floats(R, BASE.T, BASE.H) * 16)
+@functools.cache
+def steps_of(steps, case, num_steps):
+    """A program of group_steps.py."""
+    return functools.partial(steps, config=cuda_config(case), hidden=case.H, num_steps=num_steps)
 
-    def program(x, ids):
-        return loop(config, 50, x, ids, lax.all_gather(x, AXIS, tiled=True))
 
-    ids = make_ids("uniform", BASE)
-    run_on(make_mesh(R), program, base, ids, check_vma=False)  # the group has met
-    set_delay(late)
-    wrong = run_on(make_mesh(R), program, base, ids, check_vma=False)
-    assert wrong.tolist() == [0] * R
+def check_steps(steps, case, *args, late=None, num_steps=20):
+    """No element is wrong, on any rank, while one is late."""
+    program = steps_of(steps, case, num_steps)
+    for rank in (None, late):  # first compiled, and the group has met
+        set_delay(rank, LONG_DELAY_NS)
+        wrong = run_on(make_mesh(R), program, *args, check_vma=False)
+        assert wrong.tolist() == [0] * R
+
+
+each_late = pytest.mark.parametrize("late", [0, R - 1, None])
+
+
+@pytest.mark.parametrize("maker", ["uniform", "one_rank"])
+@each_late
+def test_tokens_are_not_overwritten_before_they_are_read(late, maker):
+    """Edge 5. With one_rank all rows are on the last rank. When that is late, the others need
+    nothing of anybody, and the next kernel overwrites x: in one process the end of dispatch must
+    wait until x has been read, between processes dispatch must not stage into memory that is read.
+    """
+    check_steps(group_steps.dispatch_steps, BASE, make_ids(maker, BASE), late=late)
+
+
+@pytest.mark.parametrize("late", [0, R - 1])
+def test_many_tokens_are_not_overwritten_while_they_are_read(late):
+    """Edges 4 and 5: 16 MB a rank, whose reading takes longer than all of a small call."""
+    case = Case(T=1024, K=1, E=16, R=R, H=4096, capacity=R * 1024)
+    check_steps(group_steps.dispatch_steps, case, make_ids("one_rank", case), late=late)
+
+
+def test_peers_are_told_once_all_tokens_are_there():
+    """Edges 1 and 2. Rank 0 is late; only the last 64 of its 4096 tokens have rows, on a rank that
+    already waits for them and reads them the moment it is told. Staging 64 MB takes far longer."""
+    case = Case(T=4096, K=1, E=16, R=R, H=4096, capacity=R * 64)
+    ids = make_ids("one_rank", case)
+    ids[:, :-64] = -1
+    check_steps(group_steps.dispatch_steps, case, ids, late=0, num_steps=10)
+
+
+def test_tokens_that_are_written_late_are_waited_for():
+    """Edge 1. The reader comes to dispatch while the last kernels that write rank 0's x have not
+    been launched: what it finds at the address of the call before is not the tokens."""
+    num_slow = np.zeros(R, np.int32)
+    num_slow[0] = group_steps.GROWTH
+    check_steps(group_steps.slow_dispatch_steps, BASE, make_ids("one_rank", BASE), num_slow)
+
+
+@pytest.mark.parametrize("maker", ["uniform", "one_rank"])
+@each_late
+def test_changing_weights_and_gradients(late, maker):
+    """Edges 1, 6 and 7: weights and dout of this step, partials and weight gradients of all ranks,
+    although a rank is late whose memory still holds those of the last steps."""
+    check_steps(group_steps.combine_steps, BASE, make_ids(maker, BASE), late=late)
+
+
+@each_late
+def test_calls_that_use_one_half_for_different_things(late):
+    """Edge 5. The last rank stages its tokens where the weights of a combine two calls later lie,
+    which the others write without waiting for that rank."""
+    check_steps(group_steps.mixed_steps, BASE, make_ids("one_rank", BASE), late=late)
 
 
 @pytest.mark.parametrize("num_shapes", [1, 2])
@@ -348,22 +389,22 @@ def test_captured_and_replayed_with_other_routings():
 # In a process of its own.
 
 COLD = pathlib.Path(__file__).parent / "cold_process.py"
+GROWING = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+FORCE_STAGED = "JAX_MOE_EP_FORCE_STAGED"
 
 
 @one_process
 @pytest.mark.parametrize(
     "environment",
     [
-        {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
+        GROWING,
         {"XLA_PYTHON_CLIENT_ALLOCATOR": "platform"},
-        {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "JAX_MOE_EP_FORCE_VECTOR": "1"},
-        {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "JAX_MOE_EP_FORCE_STAGED": "1"},
-        {
-            "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
-            "XLA_FLAGS": "--xla_gpu_graph_min_graph_size=1",
-        },
+        {**GROWING, "XLA_PYTHON_CLIENT_ALLOCATOR": "cuda_async"},
+        {**GROWING, "JAX_MOE_EP_FORCE_VECTOR": "1"},
+        {**GROWING, FORCE_STAGED: "1"},
+        {**GROWING, "XLA_FLAGS": "--xla_gpu_graph_min_graph_size=1"},
     ],
-    ids=["bfc", "platform", "vector", "staged", "graphs"],
+    ids=["bfc", "platform", "cuda_async", "vector", "staged", "graphs"],
 )
 def test_in_a_cold_process(environment):
     """The first cuBLAS and tokamax kernels load between dispatch and combine, which wait."""
@@ -371,11 +412,30 @@ def test_in_a_cold_process(environment):
 
 
 @one_process
-def test_tokens_from_a_constant_of_the_program():
-    run_cold({"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}, "constant")
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("x", "jax_moe_ep.dispatch: x"),
+        ("dout", "jax_moe_ep.combine: the gradient of its result"),
+    ],
+)
+def test_a_constant_that_peers_cannot_read_is_an_error(name, what):
+    """XLA keeps constants in memory of a module, which only its own GPU maps. The error comes
+    before anything is launched: the group goes on."""
+    output = run_cold({**GROWING, FORCE_STAGED: "0"}, name)
+    assert f"{what} is memory that the other GPUs of the process cannot read" in output
+    assert "Pass it as an argument of the jitted function" in output
+
+
+@one_process
+@pytest.mark.parametrize("name", ["x", "dout"])
+def test_a_constant_is_staged(name):
+    """Then its own GPU alone reads it."""
+    assert "right as a constant" in run_cold({**GROWING, FORCE_STAGED: "1"}, name)
 
 
 def run_cold(environment, *args):
+    """What it prints, when it ends as it should."""
     done = subprocess.run(
         [sys.executable, COLD, *args],
         env={**os.environ, **environment},
@@ -385,3 +445,4 @@ def run_cold(environment, *args):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "right" in done.stdout
+    return done.stdout
