@@ -19,13 +19,10 @@ __device__ bool HasRow(const int32_t* slots, int top_k) {
 }
 
 // Calls use(index) for the vectors of the piece's columns, divided among the team's threads.
-template <typename T, typename Use>
-__device__ void ForEachVector(const GroupCombineParams<T>& p,
-                              const CombineTeam& team,
-                              int64_t piece,
-                              Use use) {
-  int64_t end = p.pieces.EndByte(piece) / kVecBytes;
-  for (int64_t i = p.pieces.FirstByte(piece) / kVecBytes + team.thread; i < end; i += kThreads) {
+template <typename Use>
+__device__ void ForEachVector(const CombineTeam& team, const Piece& piece, Use use) {
+  int64_t end = piece.end_byte / kVecBytes;
+  for (int64_t i = piece.first_byte / kVecBytes + team.thread; i < end; i += kThreads) {
     use(i);
   }
 }
@@ -37,18 +34,17 @@ __device__ bool Push(const GroupCombineParams<T>& p,
                      TeamReady<CombineTeam>& ready,
                      uint64_t epoch,
                      const CombineItem& item) {
-  int64_t piece = item.piece;
+  Piece piece = p.pieces.At(item.piece);
   int source = Peer(p.group, item.offset);
   if (!ready.Wait(p.group, team, epoch, source)) return false;
   T* landing = p.Landing(source, p.group.rank, epoch);
   bool has_any = false;
-  int64_t end = p.pieces.EndToken(piece);
-  for (int64_t token = p.pieces.FirstToken(piece); token < end; ++token) {
+  for (int64_t token = piece.first_token; token < piece.end_token; ++token) {
     const int32_t* slots = p.Slots(source, token);
     if (!HasRow(slots, p.plan.top_k)) continue;
     has_any = true;
     const float* weights = p.Weights(source, token, epoch);
-    ForEachVector(p, team, piece, [&](int64_t index) {
+    ForEachVector(team, piece, [&](int64_t index) {
       float sums[Vec<T>::kSize] = {};
       SumRows(p.y, p.hidden, slots, weights, p.plan.top_k, index, sums);
       Vec<T>::Round(sums).Store(landing + token * p.hidden, index);
@@ -57,7 +53,7 @@ __device__ bool Push(const GroupCombineParams<T>& p,
   if (!has_any) return true;  // owners say so: nobody waits
   team.Sync();
   if (team.thread == 0) {
-    StoreReleaseSystem(p.LandedFlag(source, p.group.rank, piece, epoch), epoch);
+    StoreReleaseSystem(p.LandedFlag(source, p.group.rank, item.piece, epoch), epoch);
   }
   return true;
 }
@@ -76,13 +72,13 @@ template <typename T>
 __device__ void SumToken(const GroupCombineParams<T>& p,
                          const CombineTeam& team,
                          uint64_t epoch,
-                         int64_t piece,
+                         const Piece& piece,
                          int64_t token) {
   int me = p.group.rank, top_k = p.plan.top_k;
   uint32_t ranks = Owners(p.owners + token * top_k, top_k);
   const int32_t* slots = p.Slots(me, token);
   const float* weights = p.Weights(me, token, epoch);
-  ForEachVector(p, team, piece, [&](int64_t index) {
+  ForEachVector(team, piece, [&](int64_t index) {
     Vec<T> own{};
     if (ranks >> me & 1) {
       float sums[Vec<T>::kSize] = {};
@@ -108,21 +104,22 @@ template <typename T>
 __device__ bool Sum(const GroupCombineParams<T>& p,
                     const CombineTeam& team,
                     uint64_t epoch,
-                    int64_t piece) {
-  int64_t begin = p.pieces.FirstToken(piece), end = p.pieces.EndToken(piece);
+                    int64_t number) {
+  Piece piece = p.pieces.At(number);
   bool has_landed = true;
   if (team.thread < p.group.num_ranks && team.thread != p.group.rank) {
     uint32_t ranks = 0;
-    for (int64_t token = begin; token < end; ++token) {
+    for (int64_t token = piece.first_token; token < piece.end_token; ++token) {
       ranks |= Owners(p.owners + token * p.plan.top_k, p.plan.top_k);
     }
     if (ranks >> team.thread & 1) {
-      const uint64_t* flag = p.LandedFlag(p.group.rank, team.thread, piece, epoch);
+      const uint64_t* flag = p.LandedFlag(p.group.rank, team.thread, number, epoch);
       has_landed = WaitForFlag(p.group, flag, epoch, Phase::kLanded, team.thread);
     }
   }
   if (!team.And(has_landed)) return false;
-  for (int64_t token = begin; token < end; ++token) SumToken(p, team, epoch, piece, token);
+  for (int64_t token = piece.first_token; token < piece.end_token; ++token)
+    SumToken(p, team, epoch, piece, token);
   return true;
 }
 

@@ -49,7 +49,7 @@ class CombineFeeder {
   // False when a rank gave up.
   __device__ bool Feed() {
     while (!ring_.IsFull() && !IsDone()) {
-      if (token_ == end_token_) {
+      if (token_ == piece_.end_token) {
         EndPiece();
         continue;
       }
@@ -66,13 +66,13 @@ class CombineFeeder {
     return is_fine_;
   }
 
-  __device__ bool IsDone() const { return piece_.offset < 0; }
+  __device__ bool IsDone() const { return item_.offset < 0; }
   __device__ int64_t num_claimed() const { return num_claimed_; }
 
  private:
   __device__ int lane() const { return threadIdx.x % kWarpSize; }
   __device__ int me() const { return p_.group.rank; }
-  __device__ bool IsPush() const { return piece_.offset > 0; }
+  __device__ bool IsPush() const { return item_.offset > 0; }
 
   // Takes the next claim, and loads what its first token needs.
   __device__ void Prepare() {
@@ -89,7 +89,8 @@ class CombineFeeder {
       is_fine_ = false;
       return;
     }
-    next_token_ = Load(next_.offset, source, p_.pieces.FirstToken(next_.piece));
+    next_piece_ = p_.pieces.At(next_.piece);
+    next_token_ = Load(next_.offset, source, next_piece_.first_token);
   }
 
   __device__ CombineToken Load(int offset, int source, int64_t token) const {
@@ -109,15 +110,15 @@ class CombineFeeder {
   __device__ void EndPiece() {
     if (has_pushed_) {
       CombineNote note{};
-      note.flag = p_.LandedFlag(Peer(p_.group, piece_.offset), me(), piece_.piece, epoch_);
+      note.flag = p_.LandedFlag(Peer(p_.group, item_.offset), me(), item_.piece, epoch_);
       ring_.Push(nullptr, 0, note);
       has_pushed_ = false;
       return;
     }
-    piece_ = next_;
+    item_ = next_;
     if (IsDone()) return;
-    token_ = p_.pieces.FirstToken(piece_.piece);
-    end_token_ = p_.pieces.EndToken(piece_.piece);
+    piece_ = next_piece_;
+    token_ = piece_.first_token;
     now_ = next_token_;
     MakeBits();
     Prepare();
@@ -125,8 +126,8 @@ class CombineFeeder {
 
   __device__ void NextToken() {
     has_begun_ = false;
-    if (++token_ == end_token_) return;
-    now_ = Load(piece_.offset, Peer(p_.group, piece_.offset), token_);
+    if (++token_ == piece_.end_token) return;
+    now_ = Load(item_.offset, Peer(p_.group, item_.offset), token_);
     MakeBits();
   }
 
@@ -147,7 +148,7 @@ class CombineFeeder {
     return !IsPush() && lane() != me() && (now_.ranks >> lane() & 1);
   }
   __device__ const uint64_t* Flag() const {
-    return p_.LandedFlag(me(), lane(), piece_.piece, epoch_);
+    return p_.LandedFlag(me(), lane(), item_.piece, epoch_);
   }
 
   __device__ bool HasLanded() const {
@@ -169,7 +170,7 @@ class CombineFeeder {
     __syncwarp();  // others have acquired for lane 0
     if (!IsPush()) ptx::FenceProxyAsync();
     has_begun_ = true;
-    BeginColumns(p_.pieces.FirstByte(piece_.piece));
+    BeginColumns(piece_.first_byte);
   }
 
   __device__ void BeginColumns(int64_t first_byte) {
@@ -181,7 +182,7 @@ class CombineFeeder {
   // The next of the tiles that make the result of some columns: in the order of ranks, on this one
   // in the order of k. A token that no rank has rows of is a note alone.
   __device__ void PushTile() {
-    int64_t row_bytes = p_.pieces.row_bytes, end = p_.pieces.EndByte(piece_.piece);
+    int64_t row_bytes = p_.pieces.row_bytes, end = piece_.end_byte;
     CombineNote note{};
     note.bytes = static_cast<int>(min(int64_t{kTileBytes}, end - column_));
     const char* from = nullptr;
@@ -203,7 +204,7 @@ class CombineFeeder {
       ring_.Push(from, note.bytes, note);
       return;
     }
-    int receiver = Peer(p_.group, piece_.offset);
+    int receiver = Peer(p_.group, item_.offset);
     T* out = IsPush() ? p_.Landing(receiver, me(), epoch_) : p_.out;
     note.out = reinterpret_cast<char*>(out) + token_ * row_bytes + column_;
     note.what |= IsPush() ? 0 : CombineNote::kLastTile;
@@ -225,10 +226,12 @@ class CombineFeeder {
   int64_t num_claimed_ = 0;
   // The next piece.
   CombineItem next_{-1, 0};
+  Piece next_piece_{};
   CombineToken next_token_{};
   // What is being fed.
-  CombineItem piece_{0, 0};
-  int64_t token_ = 0, end_token_ = 0;
+  CombineItem item_{0, 0};
+  Piece piece_{};
+  int64_t token_ = 0;
   CombineToken now_{};
   bool has_begun_ = false;         // the token
   bool has_pushed_ = false;        // tiles of the piece, whose flag is due

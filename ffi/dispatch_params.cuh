@@ -39,8 +39,10 @@ struct Tile {
   int bytes;
   bool is_token;
 
-  __device__ Tile(const DispatchParams& p, int64_t item) : source(0), token(item / p.num_tiles) {
-    offset = item % p.num_tiles * p.tile_bytes;
+  __device__ Tile(const DispatchParams& p, int64_t item) : source(0) {
+    Division place = Divide(item, p.num_tiles);
+    token = place.quotient;
+    offset = place.remainder * p.tile_bytes;
     bytes = static_cast<int>(min(int64_t{p.tile_bytes}, p.row_bytes - offset));
     is_token = true;
     if constexpr (kInGroup)

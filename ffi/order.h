@@ -10,6 +10,18 @@
 
 namespace jax_moe_ep {
 
+struct Division {
+  int64_t quotient, remainder;
+};
+
+// Of numbers that are not negative. GPUs divide 64 bits by hundreds of instructions, and nearly
+// always 32 are enough.
+JAX_MOE_EP_HOST_DEVICE inline Division Divide(int64_t a, int64_t b) {
+  if ((a | b) >> 32 != 0) return {a / b, a % b};
+  uint32_t quotient = static_cast<uint32_t>(a) / static_cast<uint32_t>(b);
+  return {quotient, static_cast<uint32_t>(a) - quotient * static_cast<uint32_t>(b)};
+}
+
 // The rank `offset` places behind `rank`: ranks start at different peers.
 JAX_MOE_EP_HOST_DEVICE inline int PeerOf(int rank, int num_ranks, int offset) {
   int peer = rank + offset;
@@ -31,11 +43,17 @@ struct PullOrder {
     *token = position;
     if (position < lead) return true;
     position -= lead;
-    int offset = static_cast<int>(position % num_ranks);
-    *source = PeerOf(rank, num_ranks, offset);
-    *token = position / num_ranks + (offset == 0 ? lead : 0);
+    auto [turn, offset] = Divide(position, num_ranks);
+    *source = PeerOf(rank, num_ranks, static_cast<int>(offset));
+    *token = turn + (offset == 0 ? lead : 0);
     return *token < num_tokens;
   }
+};
+
+// From the first to before the end.
+struct Piece {
+  int64_t first_token, end_token;
+  int64_t first_byte, end_byte;  // of each token
 };
 
 // How combine cuts the [T, row_bytes] of a rank: a piece is a part of the columns of a run of
@@ -65,17 +83,11 @@ struct CombinePieces {
     return CeilDiv(num_tokens, run_tokens) * num_parts;
   }
 
-  JAX_MOE_EP_HOST_DEVICE int64_t FirstToken(int64_t piece) const {
-    return piece / num_parts * run_tokens;
-  }
-  JAX_MOE_EP_HOST_DEVICE int64_t EndToken(int64_t piece) const {
-    return Least(FirstToken(piece) + run_tokens, num_tokens);
-  }
-  JAX_MOE_EP_HOST_DEVICE int64_t FirstByte(int64_t piece) const {
-    return piece % num_parts * part_bytes;
-  }
-  JAX_MOE_EP_HOST_DEVICE int64_t EndByte(int64_t piece) const {
-    return Least(FirstByte(piece) + part_bytes, row_bytes);
+  JAX_MOE_EP_HOST_DEVICE Piece At(int64_t piece) const {
+    auto [run, part] = Divide(piece, num_parts);
+    int64_t token = run * run_tokens, byte = part * part_bytes;
+    return {
+        token, Least(token + run_tokens, num_tokens), byte, Least(byte + part_bytes, row_bytes)};
   }
 
  private:
@@ -103,14 +115,15 @@ struct CombineOrder {
   JAX_MOE_EP_HOST_DEVICE bool Find(int64_t position, CombineItem* item) const {
     int64_t num_peers = num_ranks - 1, push = position;
     if (position >= ahead) {
-      int64_t turn = (position - ahead) / num_ranks, place = (position - ahead) % num_ranks;
+      auto [turn, place] = Divide(position - ahead, num_ranks);
       if (place == 0) {
         *item = {0, turn};
         return true;
       }
       push = ahead + turn * num_peers + place - 1;
     }
-    *item = {static_cast<int>(1 + push % num_peers), push / num_peers};
+    auto [piece, peer] = Divide(push, num_peers);
+    *item = {static_cast<int>(1 + peer), piece};
     return item->piece < num_pieces;
   }
 };
