@@ -42,7 +42,8 @@ class BackwardFeeder {
 
   // Until the ring is full or there are no more tokens. False when a rank gave up.
   __device__ bool Feed() {
-    while (!ring_.IsFull() && BeginToken()) PushTile();
+    while (BeginToken() && PutTiles()) {
+    }
     return is_fine_;
   }
 
@@ -81,50 +82,51 @@ class BackwardFeeder {
     has_next_ = true;
   }
 
-  // Whether there is a tile to push.
+  // Whether there are tiles to put.
   __device__ bool BeginToken() {
     if (is_in_token_) return true;
     if (!has_next_) return false;
     now_ = next_;
     is_in_token_ = true;
+    num_put_ = 0;
     column_ = 0;
-    BeginColumns();
+    int lane = threadIdx.x % kWarpSize;
+    batch_ = 1 + __popc(now_.rows);
+    place_ = now_.slot >= 0 ? 1 + __popc(now_.rows & ((1u << lane) - 1)) : -1;
+    const T* gradients = p_.Gradients(now_.source, epoch_) + now_.token * p_.hidden;
+    gradient_ = reinterpret_cast<const char*>(gradients);
     Prepare();
     return true;
   }
 
-  __device__ void BeginColumns() {
-    is_gradient_ = true;
-    rows_ = now_.rows;
-  }
-
-  // Of some columns, the gradient's tile and then those of the rows, in the order of k.
-  __device__ void PushTile() {
+  // Tiles of some columns, those that are left: the gradient's and then those of the rows, in the
+  // order of k; lane k puts its row. False when the ring is full.
+  __device__ bool PutTiles() {
+    int count = ring_.Room(batch_ - num_put_);
+    if (count == 0) return false;
+    int lane = threadIdx.x % kWarpSize;
     int64_t row_bytes = p_.hidden * sizeof(T);
-    BackwardNote note{};
-    note.k = -1;
-    note.bytes = static_cast<int>(min(int64_t{kTileBytes}, row_bytes - column_));
-    if (is_gradient_) {
-      is_gradient_ = false;
-      const T* gradients = p_.Gradients(now_.source, epoch_) + now_.token * p_.hidden;
-      ring_.Push(reinterpret_cast<const char*>(gradients) + column_, note.bytes, note);
-      return;
+    int bytes = static_cast<int>(min(int64_t{kTileBytes}, row_bytes - column_));
+    if (num_put_ == 0 && lane == 0) {
+      ring_.Put(0, gradient_ + column_, bytes, BackwardNote{-1, 0, bytes, 0, nullptr, nullptr});
     }
-    note.k = __ffs(rows_) - 1;
-    rows_ &= rows_ - 1;
-    int64_t start = __shfl_sync(kAllLanes, now_.slot, note.k) * row_bytes + column_;
-    note.weight = __shfl_sync(kAllLanes, now_.weight, note.k);
-    note.dy = reinterpret_cast<char*>(p_.dy) + start;
-    if (rows_ == 0) {
-      column_ += kTileBytes;
-      BeginColumns();
-      if (column_ >= row_bytes) {
-        is_in_token_ = false;
+    if (place_ >= max(num_put_, 1) && place_ < num_put_ + count) {
+      int64_t start = now_.slot * row_bytes + column_;
+      char* dy = reinterpret_cast<char*>(p_.dy) + start;
+      BackwardNote note{lane, now_.weight, bytes, 0, dy, nullptr};
+      if (place_ == batch_ - 1 && column_ + kTileBytes >= row_bytes) {
         note.rows = now_.rows;
         note.dweights = p_.WeightGradients(now_.source, epoch_) + now_.token * p_.plan.top_k;
       }
+      ring_.Put(place_ - num_put_, reinterpret_cast<const char*>(p_.y) + start, bytes, note);
     }
-    ring_.Push(reinterpret_cast<const char*>(p_.y) + start, note.bytes, note);
+    ring_.Advance(count);
+    num_put_ += count;
+    if (num_put_ < batch_) return true;
+    num_put_ = 0;
+    column_ += kTileBytes;
+    is_in_token_ = column_ < row_bytes;
+    return true;
   }
 
   const GroupBackwardParams<T>& p_;
@@ -140,9 +142,11 @@ class BackwardFeeder {
   // What is being fed.
   BackwardToken now_{};
   bool is_in_token_ = false;
-  bool is_gradient_ = false;
+  int batch_ = 0;       // tiles of some columns
+  int num_put_ = 0;     // of them
+  int place_ = -1;      // in the batch, of this lane's row
   int64_t column_ = 0;  // in bytes
-  uint32_t rows_ = 0;   // left of these columns
+  const char* gradient_ = nullptr;
 };
 
 // The gradient's tile, and the dot products of the token so far.

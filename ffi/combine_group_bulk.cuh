@@ -30,8 +30,29 @@ using CombineRing = TileRing<CombineNote>;
 struct CombineToken {
   int32_t slot;    // of k = lane
   float weight;    // likewise
-  uint32_t rows;   // a bit a k: whether it has a row here
   uint32_t ranks;  // a bit a rank: whose partials make the result
+};
+
+// The tiles that make the result of some columns of a token, in the order of ranks and, on this
+// rank, of k. Lane k puts its row, lane r rank r's partial.
+struct CombineBatch {
+  int size;           // at least 1: a token without rows is a note alone
+  int row, last_row;  // the place of this lane's row, -1 for none; of the last row
+  int partial;        // likewise of its partial
+
+  CombineBatch() = default;
+  __device__ CombineBatch(const CombineToken& token, int me) {
+    int lane = threadIdx.x % kWarpSize;
+    uint32_t lanes_below = (1u << lane) - 1, own = 1u << me;
+    uint32_t rows = __ballot_sync(kAllLanes, token.slot >= 0);
+    int before = __popc(token.ranks & (own - 1)), num_rows = __popc(rows);
+    size = max(num_rows + __popc(token.ranks & ~own), 1);
+    row = token.slot >= 0 ? before + __popc(rows & lanes_below) : -1;
+    last_row = before + num_rows - 1;
+    bool has_partial = lane != me && (token.ranks >> lane & 1);
+    partial = __popc(token.ranks & ~own & lanes_below) + (lane > me ? num_rows : 0);
+    if (!has_partial) partial = -1;
+  }
 };
 
 // What a warp feeds its ring with. The claim of a piece, and the loads of what its first token
@@ -44,34 +65,32 @@ class CombineFeeder {
     Prepare();
   }
 
-  // Pushes tiles until the ring is full, there are no more, or partials that have not landed are
+  // Puts tiles until the ring is full, there are no more, or partials that have not landed are
   // next. For these it waits only when the ring is empty: what it claimed before is done then.
   // False when a rank gave up.
   __device__ bool Feed() {
-    while (!ring_.IsFull() && !IsDone()) {
+    while (!IsDone()) {
       if (token_ == piece_.end_token) {
-        EndPiece();
-        continue;
-      }
-      if (!has_begun_) {
+        if (!EndPiece()) break;
+      } else if (!has_begun_) {
         if (!HasLanded()) {
-          if (!ring_.IsEmpty()) return true;
+          if (!ring_.IsEmpty()) break;
           if (!WaitForPartials()) return false;
         }
         BeginToken();
-        continue;
+      } else if (!PutTiles()) {
+        break;
       }
-      PushTile();
     }
     return is_fine_;
   }
 
-  __device__ bool IsDone() const { return item_.offset < 0; }
   __device__ int64_t num_claimed() const { return num_claimed_; }
 
  private:
   __device__ int lane() const { return threadIdx.x % kWarpSize; }
   __device__ int me() const { return p_.group.rank; }
+  __device__ bool IsDone() const { return item_.offset < 0; }
   __device__ bool IsPush() const { return item_.offset > 0; }
 
   // Takes the next claim, and loads what its first token needs.
@@ -94,7 +113,7 @@ class CombineFeeder {
   }
 
   __device__ CombineToken Load(int offset, int source, int64_t token) const {
-    CombineToken loaded{-1, 1.0f, 0, 0};
+    CombineToken loaded{-1, 1.0f, 0};
     int owner = -1;
     if (lane() < p_.plan.top_k) {
       loaded.slot = p_.Slots(source, token)[lane()];
@@ -102,45 +121,45 @@ class CombineFeeder {
       if (weights != nullptr) loaded.weight = weights[lane()];
       if (offset == 0) owner = p_.owners[token * p_.plan.top_k + lane()];
     }
-    loaded.ranks = owner >= 0 ? 1u << owner : 0;  // of this lane, until the token begins
+    loaded.ranks = owner >= 0 ? 1u << owner : 0;  // of this lane, until MakeRanks
     return loaded;
   }
 
-  // The flag of a finished push, then the piece that was prepared.
-  __device__ void EndPiece() {
-    if (has_pushed_) {
-      CombineNote note{};
-      note.flag = p_.LandedFlag(Peer(p_.group, item_.offset), me(), item_.piece, epoch_);
-      ring_.Push(nullptr, 0, note);
-      has_pushed_ = false;
+  __device__ void MakeRanks() {
+    if (IsPush()) {
+      now_.ranks = __any_sync(kAllLanes, now_.slot >= 0) ? 1u << me() : 0;
       return;
     }
+    for (int step = kWarpSize / 2; step > 0; step /= 2) {
+      now_.ranks |= __shfl_xor_sync(kAllLanes, now_.ranks, step);
+    }
+  }
+
+  // The flag of a finished push, then the piece that was prepared. False when the ring is full.
+  __device__ bool EndPiece() {
+    if (has_put_) {
+      if (ring_.Room(1) == 0) return false;
+      CombineNote note{};
+      note.flag = p_.LandedFlag(Peer(p_.group, item_.offset), me(), item_.piece, epoch_);
+      if (lane() == 0) ring_.Put(0, nullptr, 0, note);
+      ring_.Advance(1);
+      has_put_ = false;
+    }
     item_ = next_;
-    if (IsDone()) return;
+    if (IsDone()) return true;
     piece_ = next_piece_;
     token_ = piece_.first_token;
     now_ = next_token_;
-    MakeBits();
+    MakeRanks();
     Prepare();
+    return true;
   }
 
   __device__ void NextToken() {
     has_begun_ = false;
     if (++token_ == piece_.end_token) return;
     now_ = Load(item_.offset, Peer(p_.group, item_.offset), token_);
-    MakeBits();
-  }
-
-  __device__ void MakeBits() {
-    now_.rows = __ballot_sync(kAllLanes, now_.slot >= 0);
-    now_.ranks = IsPush() ? 1u << me() : OrOverWarp(now_.ranks);
-  }
-
-  __device__ static uint32_t OrOverWarp(uint32_t bits) {
-    for (int step = kWarpSize / 2; step > 0; step /= 2) {
-      bits |= __shfl_xor_sync(kAllLanes, bits, step);
-    }
-    return bits;
+    MakeRanks();
   }
 
   // Whether this lane is to look at the flag of a peer whose partial of the token counts.
@@ -163,58 +182,51 @@ class CombineFeeder {
 
   // All that it needs has landed: bulk copies may read it.
   __device__ void BeginToken() {
-    if (IsPush() && now_.rows == 0) {  // owners say so: nobody waits
+    if (IsPush() && now_.ranks == 0) {  // owners say so: nobody waits
       NextToken();
       return;
     }
-    __syncwarp();  // others have acquired for lane 0
+    __syncwarp();  // some lanes have acquired for those that load
     if (!IsPush()) ptx::FenceProxyAsync();
     has_begun_ = true;
-    BeginColumns(piece_.first_byte);
+    batch_ = CombineBatch(now_, me());
+    num_put_ = 0;
+    column_ = piece_.first_byte;
+    int64_t row_bytes = p_.pieces.row_bytes, start = token_ * row_bytes;
+    row_ = reinterpret_cast<const char*>(p_.y) + now_.slot * row_bytes;
+    if (batch_.partial >= 0) {
+      partial_ = reinterpret_cast<const char*>(p_.Landing(me(), lane(), epoch_)) + start;
+    }
+    T* out = IsPush() ? p_.Landing(Peer(p_.group, item_.offset), me(), epoch_) : p_.out;
+    out_ = reinterpret_cast<char*>(out) + start;
   }
 
-  __device__ void BeginColumns(int64_t first_byte) {
-    column_ = first_byte;
-    rows_ = now_.rows;
-    ranks_ = now_.ranks;
-  }
-
-  // The next of the tiles that make the result of some columns: in the order of ranks, on this one
-  // in the order of k. A token that no rank has rows of is a note alone.
-  __device__ void PushTile() {
-    int64_t row_bytes = p_.pieces.row_bytes, end = piece_.end_byte;
-    CombineNote note{};
-    note.bytes = static_cast<int>(min(int64_t{kTileBytes}, end - column_));
-    const char* from = nullptr;
-    int rank = __ffs(ranks_) - 1;
-    if (rank == me()) {
-      int k = __ffs(rows_) - 1;
-      rows_ &= rows_ - 1;
-      int64_t row = __shfl_sync(kAllLanes, now_.slot, k);
-      note.weight = __shfl_sync(kAllLanes, now_.weight, k);
-      note.what = CombineNote::kRow | (rows_ == 0 ? CombineNote::kLastRow : 0);
-      from = reinterpret_cast<const char*>(p_.y) + row * row_bytes + column_;
-    } else if (rank >= 0) {
-      note.what = CombineNote::kPartial;
-      from = reinterpret_cast<const char*>(p_.Landing(me(), rank, epoch_)) + token_ * row_bytes +
-             column_;
-    }
-    if (rank != me() || rows_ == 0) ranks_ &= ranks_ - 1;
-    if (ranks_ != 0) {
-      ring_.Push(from, note.bytes, note);
-      return;
-    }
-    int receiver = Peer(p_.group, item_.offset);
-    T* out = IsPush() ? p_.Landing(receiver, me(), epoch_) : p_.out;
-    note.out = reinterpret_cast<char*>(out) + token_ * row_bytes + column_;
-    note.what |= IsPush() ? 0 : CombineNote::kLastTile;
-    ring_.Push(from, from == nullptr ? 0 : note.bytes, note);
-    has_pushed_ = IsPush();
-    if (column_ + kTileBytes < end) {
-      BeginColumns(column_ + kTileBytes);
-    } else {
-      NextToken();
-    }
+  // Tiles of some columns, those that are left. False when the ring is full.
+  __device__ bool PutTiles() {
+    int count = ring_.Room(batch_.size - num_put_);
+    if (count == 0) return false;
+    int bytes = static_cast<int>(min(int64_t{kTileBytes}, piece_.end_byte - column_));
+    auto put = [&](int place, const char* from, uint32_t what) {
+      if (place < num_put_ || place >= num_put_ + count) return;
+      CombineNote note{what, now_.weight, bytes, nullptr, nullptr};
+      if (place == batch_.size - 1) {
+        note.out = out_ + column_;
+        if (!IsPush()) note.what |= CombineNote::kLastTile;
+      }
+      ring_.Put(place - num_put_, from, from == nullptr ? 0 : bytes, note);
+    };
+    bool is_last = batch_.row == batch_.last_row;
+    put(batch_.row, row_ + column_, CombineNote::kRow | (is_last ? CombineNote::kLastRow : 0));
+    if (!IsPush()) put(batch_.partial, partial_ + column_, CombineNote::kPartial);
+    if (now_.ranks == 0 && lane() == 0) put(0, nullptr, 0);
+    ring_.Advance(count);
+    has_put_ = IsPush();
+    num_put_ += count;
+    if (num_put_ < batch_.size) return true;
+    num_put_ = 0;
+    column_ += kTileBytes;
+    if (column_ >= piece_.end_byte) NextToken();
+    return true;
   }
 
   const GroupCombineParams<T>& p_;
@@ -233,10 +245,14 @@ class CombineFeeder {
   Piece piece_{};
   int64_t token_ = 0;
   CombineToken now_{};
-  bool has_begun_ = false;         // the token
-  bool has_pushed_ = false;        // tiles of the piece, whose flag is due
+  bool has_begun_ = false;  // the token
+  bool has_put_ = false;    // tiles of the piece, whose flag is due
+  CombineBatch batch_{};
+  int num_put_ = 0;                // of the batch
   int64_t column_ = 0;             // in bytes
-  uint32_t rows_ = 0, ranks_ = 0;  // left of these columns
+  const char* row_ = nullptr;      // of this lane's k
+  const char* partial_ = nullptr;  // of the rank that this lane stands for
+  char* out_ = nullptr;
 };
 
 // The sums of one tile: each lane has those of kTileVectors vectors.

@@ -28,8 +28,9 @@ __device__ void ForEachTileVector(int bytes, Use use) {
   }
 }
 
-// Every tile comes with a note of what to do with it. All lanes of the warp call the functions,
-// with the same arguments. Loads land in any order; they are consumed in that of Push.
+// Every tile comes with a note of what to do with it. The tiles that make one result are a batch;
+// loads land in any order and are consumed in that of Put. All lanes of the warp call the
+// functions.
 template <typename Note>
 struct TileRing {
   char* tiles;            // [kRingTiles, kTileBytes]
@@ -45,18 +46,28 @@ struct TileRing {
     }
   }
 
-  __device__ bool IsFull() const { return size == kRingTiles; }
   __device__ bool IsEmpty() const { return size == 0; }
 
-  // Not when full. 0 bytes: a note alone. `from` and bytes are multiples of 16.
-  __device__ void Push(const char* from, int bytes, const Note& note) {
-    int place = first + size < kRingTiles ? first + size : first + size - kRingTiles;
-    ++size;
-    if (threadIdx.x % kWarpSize != 0) return;
+  // How many tiles of a batch to put now: 0 until there is room for enough of them at once.
+  __device__ int Room(int batch) const {
+    int room = kRingTiles - size;
+    return room >= min(batch, kRingTiles / 2) ? min(batch, room) : 0;
+  }
+
+  // Some lanes: a tile, `offset` places behind the last one. Advance follows, once for all of them.
+  // 0 bytes: a note alone. `from` and bytes are multiples of 16.
+  __device__ void Put(int offset, const char* from, int bytes, const Note& note) {
+    int place = first + size + offset;
+    if (place >= kRingTiles) place -= kRingTiles;
     notes[place] = note;  // whoever sees the barrier complete sees the note
     ptx::MbarrierArriveExpectBytes(&barriers[place], bytes);
     if (bytes == 0) return;
     ptx::BulkLoad(tiles + place * kTileBytes, from, bytes, &barriers[place]);
+  }
+
+  __device__ void Advance(int count) {
+    size += count;
+    __syncwarp();
   }
 
   // The oldest tile, once it has landed. Not when empty.

@@ -139,6 +139,8 @@ inline void __nanosleep(unsigned) { sched_yield(); }
 inline void __threadfence_system() { std::atomic_thread_fence(std::memory_order_seq_cst); }
 inline int __ffs(unsigned bits) { return __builtin_ffs(static_cast<int>(bits)); }
 
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+
 inline unsigned __ballot_sync(unsigned, bool value) {
   return emulated::Together(value, [](auto get) {
     unsigned bits = 0;
