@@ -6,6 +6,7 @@
 
 #include "combine.h"
 #include "dispatch.h"
+#include "gather_group.h"
 
 namespace jax_moe_ep {
 namespace {
@@ -48,7 +49,8 @@ cudaError_t TakeLaunchState(int device, LaunchState** state) {
 cudaError_t LoadGroupKernels() {
   if (cudaError_t status = LoadDispatch(); status != cudaSuccess) return status;
   if (cudaError_t status = LoadGroupCombine(); status != cudaSuccess) return status;
-  return LoadGroupCombineBackward();
+  if (cudaError_t status = LoadGroupCombineBackward(); status != cudaSuccess) return status;
+  return LoadGroupGather();
 }
 
 std::vector<std::vector<int64_t>> Groups(const GroupAttributes& attributes) {

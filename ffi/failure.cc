@@ -11,6 +11,8 @@ const char* Name(Op op) {
       return "combine";
     case Op::kCombineBackward:
       return "combine_backward";
+    case Op::kGather:
+      return "gather";
     default:
       return "no call";
   }

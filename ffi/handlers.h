@@ -25,6 +25,7 @@ XLA_FFI_Error* GroupInitializeFfi(XLA_FFI_CallFrame* call_frame);
 XLA_FFI_Error* GroupDispatchFfi(XLA_FFI_CallFrame* call_frame);
 XLA_FFI_Error* GroupCombineFfi(XLA_FFI_CallFrame* call_frame);
 XLA_FFI_Error* GroupCombineBackwardFfi(XLA_FFI_CallFrame* call_frame);
+XLA_FFI_Error* GroupGatherFfi(XLA_FFI_CallFrame* call_frame);
 }
 
 }  // namespace jax_moe_ep

@@ -59,6 +59,7 @@ nb::dict Registrations() {
   targets["jax_moe_ep_group_dispatch"] = GroupStages(GroupDispatchFfi);
   targets["jax_moe_ep_group_combine"] = GroupStages(GroupCombineFfi);
   targets["jax_moe_ep_group_combine_backward"] = GroupStages(GroupCombineBackwardFfi);
+  targets["jax_moe_ep_group_gather"] = GroupStages(GroupGatherFfi);
   return targets;
 }
 
@@ -111,11 +112,13 @@ int64_t PlanScratch(int num_ranks,
   return PlanScratchSize({num_ranks, num_experts, assignments_per_rank, by_priority});
 }
 
-constexpr const char* kOpNames[] = {"dispatch", "combine", "combine_backward"};
+constexpr const char* kOpNames[] = {"dispatch", "combine", "combine_backward", "gather"};
 
 Op OpOf(const std::string& name) {
-  for (int i = 0; i < 3; ++i) {
-    if (name == kOpNames[i]) return static_cast<Op>(i + 1);
+  int code = 0;
+  for (const char* each : kOpNames) {
+    ++code;
+    if (name == each) return static_cast<Op>(code);
   }
   throw std::invalid_argument("no op " + name);
 }

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jax_moe_ep import cuda
 from jax_moe_ep.config import EpConfig
 
-# The calls of a layer and its gradients, and whether weights go with them. The gradient of dispatch
-# is a combine without.
+# The calls of a layer and its gradients that move rows, and whether weights go with them. The
+# gradient of dispatch is a combine without.
 CALLS = (("dispatch", False), ("combine", True), ("combine", False), ("combine_backward", True))
 
 
@@ -29,7 +29,7 @@ class ArenaBytes:
 def memory(
     config: EpConfig, num_tokens: int, hidden: int, top_k: int, dtype: Any, num_ranks: int
 ) -> ArenaBytes:
-    """The arena of one rank for dispatch, weighted combine and their gradients.
+    """The arena of one rank for plan, dispatch, weighted combine and their gradients.
 
     An arena is allocated with cudaMalloc when the ranks of a group first meet, beside XLA's pool,
     and lives as long as the process: leave room with XLA_PYTHON_CLIENT_MEM_FRACTION or
@@ -59,6 +59,8 @@ def memory(
         return ArenaBytes(0, 0)
     ffi = cuda.extension("memory")
     row_bytes = hidden * jnp.dtype(dtype).itemsize
+    plan_bytes = top_k * (8 if config.drop_policy == "priority" else 4)  # ids, priorities
+    calls = [("gather", False, plan_bytes), *((*call, row_bytes) for call in CALLS)]
 
     def arena(is_one_process: bool) -> int:
         halves = {
@@ -73,7 +75,7 @@ def memory(
                     row_bytes=row_bytes,
                 )
             )
-            for op, has_weights in CALLS
+            for op, has_weights, row_bytes in calls
         }
         control = ffi.arena_bytes(0)
         return control + sum(ffi.arena_bytes(half) - control for half in halves)

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Float32, Int32, Shaped
 
 from jax_moe_ep import reference
 from jax_moe_ep.config import MAX_CUDA_EXPERTS, MAX_INT32, EpConfig
-from jax_moe_ep.group import group_call
+from jax_moe_ep.group import group_call, group_gather
 from jax_moe_ep.plan import Plan
 
 # Set to 1 to use 16-byte loads and stores where the device could copy in bulk, for tests. Read when
@@ -94,19 +94,21 @@ def _plan_kernel(
         )
         return refused(reference.plan, message)(ids, priority, config=config)
     if priority is None:
+        (all_ids,) = _gather(config, ids)
         all_priority = jnp.zeros((0, ids.shape[1]), jnp.float32)
     else:
-        all_priority = _gather(priority, config)
+        all_ids, all_priority = _gather(config, ids, priority)
     rank = lax.axis_index(config.axis_name)
     if lax.axis_size(config.axis_name) == 1:
         rank = jnp.zeros_like(rank)  # known when compiled: nothing to compute on the device
-    return plan_from_gathered(_gather(ids, config), all_priority, rank, config=config)
+    return plan_from_gathered(all_ids, all_priority, rank, config=config)
 
 
-def _gather(x: Shaped[Array, "T K"], config: EpConfig) -> Shaped[Array, "RT K"]:
+def _gather(config: EpConfig, *arrays: Shaped[Array, "T K"]) -> tuple[Shaped[Array, "RT K"], ...]:
+    """Each array of all ranks, in rank order."""
     if lax.axis_size(config.axis_name) == 1:
-        return x  # XLA would launch a collective of one
-    return lax.all_gather(x, config.axis_name).reshape(-1, x.shape[1])
+        return arrays
+    return group_gather(config, *arrays, op_code=extension("gather").op_codes()["gather"])
 
 
 def plan_from_gathered(
@@ -202,8 +204,8 @@ def _row_weights_kernel(weights: Float[Array, "T K"], plan: Plan) -> Float[Array
     if problem := _why_no_weights(weights):
         return refused(reference.row_weights, problem)(weights, plan)
     shape = _like(weights, (plan.capacity,), weights.dtype)
-    # A number a row: XLA's collectives bring them, one rank's kernel places those of all tokens.
-    return _call_alone("row_weights", shape, plan, _gather(weights, plan.config))
+    # A number a row: one rank's kernel places those of all tokens.
+    return _call_alone("row_weights", shape, plan, *_gather(plan.config, weights))
 
 
 def _row_weights_backward_kernel(drow: Float[Array, "C"], plan: Plan) -> Float[Array, "T K"]:

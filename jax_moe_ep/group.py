@@ -6,7 +6,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Array
+from jax import lax
+from jaxtyping import Array, Shaped
 
 from jax_moe_ep.config import MAX_INT32, EpConfig
 from jax_moe_ep.plan import Plan
@@ -52,23 +53,69 @@ def group_call(
       has_weights: whether weights go to the peers.
       force_vector: no bulk copies.
     """
-    config = plan.config
-    agreed = (op, [(arg.shape, str(arg.dtype)) for arg in args], plan.capacity, config)
+    plan_arrays = (plan.slots, plan.group_counts, plan.group_sizes, plan.group_starts)
+    return _call(
+        op,
+        result_types,
+        plan.config,
+        *plan_arrays,
+        *args,
+        op_code=op_code,
+        sizes=(plan.num_tokens, plan.top_k, row_bytes, plan.capacity),
+        has_weights=has_weights,
+        force_vector=force_vector,
+    )
+
+
+def group_gather(
+    config: EpConfig, *arrays: Shaped[Array, "T K"], op_code: int
+) -> tuple[Shaped[Array, "RT K"], ...]:
+    """`lax.all_gather(x, config.axis_name, tiled=True)` of each array, in one call of the group.
+
+    Args:
+      config: of the group.
+      arrays: one or two, of one shape and width.
+      op_code: the op's number in the extension.
+    """
+    num_tokens, top_k = arrays[0].shape
+    num_rows = num_tokens * lax.axis_size(config.axis_name)
+    results = _call(
+        "gather",
+        [jax.typeof(x).update(shape=(num_rows, top_k)) for x in arrays],
+        config,
+        *arrays,
+        op_code=op_code,
+        sizes=(num_tokens, top_k, sum(top_k * x.dtype.itemsize for x in arrays), num_rows),
+        has_weights=False,
+        force_vector=False,
+    )
+    return tuple(results)
+
+
+def _call(
+    op: str,
+    result_types: Any,
+    config: EpConfig,
+    *args: Array,
+    op_code: int,
+    sizes: tuple[int, int, int, int],
+    has_weights: bool,
+    force_vector: bool,
+) -> Any:
+    """The custom call of a group. sizes: num_tokens, top_k, row_bytes, capacity."""
+    num_tokens, top_k, row_bytes, capacity = sizes
+    agreed = (op, [(arg.shape, str(arg.dtype)) for arg in args], capacity, config)
     digest = hashlib.blake2b(repr(agreed).encode(), digest_size=8).digest()
     return jax.ffi.ffi_call(f"jax_moe_ep_group_{op}", result_types)(
-        plan.slots,
-        plan.group_counts,
-        plan.group_sizes,
-        plan.group_starts,
         *args,
         op=np.int64(op_code),
         groups=device_groups(config).reshape(-1),
-        num_ranks=np.int64(plan.num_ranks),
-        num_tokens=np.int64(plan.num_tokens),
-        top_k=np.int64(plan.top_k),
+        num_ranks=np.int64(lax.axis_size(config.axis_name)),
+        num_tokens=np.int64(num_tokens),
+        top_k=np.int64(top_k),
         row_bytes=np.int64(row_bytes),
         alignment=np.int64(config.alignment),
-        capacity=np.int64(plan.capacity),
+        capacity=np.int64(capacity),
         num_sms=np.int64(config.num_sms or MAX_INT32),
         timeout_ns=np.int64(config.timeout_s * 1e9),
         options_hash=np.int64(int.from_bytes(digest, "little", signed=True)),

@@ -24,8 +24,8 @@ from native_build import FFI, NATIVE, build, needs_compiler
 pytestmark = [needs_compiler, one_process]
 
 EMULATED = NATIVE / "emulated"
-KERNELS = ("dispatch", "combine_group", "combine_backward_group")
-OPS = {"dispatch": 1, "combine": 2, "combine_backward": 3}
+KERNELS = ("dispatch", "combine_group", "combine_backward_group", "gather_group")
+OPS = {"dispatch": 1, "combine": 2, "combine_backward": 3, "gather": 4}
 TYPES = {np.dtype(np.float32): 0, np.dtype(np.float16): 1, np.dtype(ml_dtypes.bfloat16): 2}
 LAUNCH = re.compile(r"(\w+(?:<[^<>;{}]*>)?)\s*<<<(.*?)>>>\((\w+)\);", re.DOTALL)
 
@@ -87,6 +87,7 @@ class Way:
     repeats: int = 1
     late: int | None = None  # the rank that is late first; then those before it
     late_s: float = 0.05
+    num_sms: int = 1  # beyond one the blocks claim; a single one of them runs here, and does all
 
 
 CHANGING = {"x", "dout", "weights"}
@@ -95,13 +96,15 @@ RESULTS = {"out", "dweights"}
 
 def earlier(name, array, distance):
     """What an input was some calls before: whatever is left of it must not be found again."""
+    if array.dtype.kind in "iu":
+        return array + array.dtype.type(distance)
     if name == "weights":
         return array * np.float32(1 + distance)  # NaN stays at its places
     return np.roll(array, distance, axis=-1)
 
 
 def run(library, folder, case, op, way, **arrays):
-    """For every call its changing inputs and its results, of all ranks."""
+    """For every call of an op that moves rows its changing inputs and its results, of all ranks."""
     plan = oracle.plan(case, arrays.pop("ids"))
     dtype = arrays["x"].dtype
     rows = arrays["out"] if op != "combine" else arrays["x"]
@@ -119,6 +122,15 @@ def run(library, folder, case, op, way, **arrays):
         "capacity": rows.shape[1],
         "zero_tail": int(case.tail == "zero"),
         "row_bytes": rows.shape[2] * dtype.itemsize,
+    }
+    names = ("slots", "group_counts", "group_sizes", "group_starts", "owners")
+    return repeat(library, folder, job, way, **arrays, **{name: plan[name] for name in names})
+
+
+def repeat(library, folder, job, way, **arrays):
+    """The calls of a job."""
+    job |= {
+        "num_sms": way.num_sms,
         "timeout_ns": 20_000_000_000,
         "options": 7,
         "repeats": way.repeats,
@@ -131,8 +143,6 @@ def run(library, folder, case, op, way, **arrays):
         )
     for name in RESULTS & arrays.keys():
         arrays[name] = np.stack([arrays[name]] * way.repeats, axis=1)
-    names = ("slots", "group_counts", "group_sizes", "group_starts", "owners")
-    arrays |= {name: plan[name] for name in names}
     plain = {name: array.view(f"u{array.dtype.itemsize}") for name, array in arrays.items()}
     np.savez(folder / "in.npz", job=json.dumps(job), **plain)
     command = [sys.executable, EMULATED / "ranks.py", library, folder / "in.npz", folder / "out"]
@@ -269,3 +279,68 @@ def test_combine_backward(library, tmp_path, name, is_one_process, has_bulk_copy
         limit = 2.0**-24 * (np.log2(case.H) + 2) * 6 * np.abs(dout).sum(-1).max()
         assert np.abs(call["dweights"] - dw).max() <= limit
         assert (call["dweights"][plan["owners"] < 0] == 0).all()
+
+
+# (R, T, K, type): what is moved 16, 4 or 1 bytes at once; the last ones are cut into many chunks.
+GATHERS = {
+    "two_ranks": (2, 8, 2, np.int32),
+    "one_number": (2, 1, 1, np.int32),
+    "not_16_bytes": (2, 5, 3, np.int32),
+    "an_odd_number_of_bytes": (2, 3, 5, np.uint8),
+    "four_ranks": (4, 37, 4, np.int32),
+    "eight_ranks": (8, 5, 6, np.int32),
+    "many_chunks": (2, 300, 128, np.int32),
+    "many_odd_chunks": (4, 1501, 3, np.int32),
+    "many_of_eight_ranks": (8, 520, 8, np.int32),
+}
+# By one block alone; and the long ones by blocks that claim.
+BLOCKS = [(name, 1) for name in GATHERS] + [(name, 32) for name in GATHERS if "many" in name]
+
+
+@pytest.mark.parametrize("num_arrays", [1, 2])
+@pytest.mark.parametrize(("name", "num_sms"), BLOCKS)
+def test_gather(library, tmp_path, name, num_arrays, num_sms):
+    """Every rank gets the bits of all in rank order, whoever is late. Five calls pass both parities
+    of the parts."""
+    R, T, K, dtype = GATHERS[name]
+    x = make_bits(R, T, K, dtype=dtype)
+    arrays = {"x": x, "out": ruined(R, R * T, K, dtype=dtype)}
+    if num_arrays == 2:
+        more = make_bits(R, T, K, dtype=dtype, seed=1)
+        arrays |= {"weights": more, "dweights": arrays["out"].copy()}
+    row_bytes = K * np.dtype(dtype).itemsize * num_arrays
+    way = Way(repeats=5, late=R - 1, num_sms=num_sms)
+    for call in gathered(library, tmp_path, R, T, K, row_bytes, way, **arrays):
+        for given, got in (("x", "out"), ("weights", "dweights"))[:num_arrays]:
+            want = np.broadcast_to(call[given].reshape(R * T, K), (R, R * T, K))
+            assert_bitwise_equal(call[got], want)
+
+
+def gathered(library, folder, R, T, K, row_bytes, way, **arrays):
+    """For every call of gather its inputs and results, of all ranks."""
+    unused = ("type", "num_groups", "alignment", "capacity", "zero_tail")
+    job = {
+        **dict.fromkeys(unused, 0),
+        "op": OPS["gather"],
+        "num_ranks": R,
+        "is_one_process": 1,
+        "has_weights": int("weights" in arrays),
+        "num_tokens": T,
+        "top_k": K,
+        "row_bytes": row_bytes,
+    }
+    return repeat(library, folder, job, way, **arrays)
+
+
+def test_gather_of_nothing(library, tmp_path):
+    """No bytes: no call, and nobody waits."""
+    nothing = np.zeros((2, 0, 3), np.int32)
+    gathered(library, tmp_path, 2, 0, 3, 12, Way(repeats=2), x=nothing, out=nothing)
+
+
+def test_the_example_of_gather(library, tmp_path):
+    """The numbers in the comment of gather_group.cu."""
+    x = np.array([[[1], [2]], [[3], [4]]], np.int32)
+    out = ruined(2, 4, 1, dtype=np.int32)
+    (call,) = gathered(library, tmp_path, 2, 2, 1, 4, Way(), x=x, out=out)
+    assert call["out"].reshape(2, 4).tolist() == [[1, 2, 3, 4]] * 2

@@ -299,6 +299,29 @@ def test_calls_that_use_one_half_for_different_things(late):
     check_steps(group_steps.mixed_steps, BASE, make_ids("one_rank", BASE), late=late)
 
 
+@pytest.mark.parametrize("num_tokens", [3, 64, 8192])
+def test_a_thousand_plans_of_changing_ids(num_tokens):
+    """The ids of both parities are overwritten with either rank ahead: 12 words a rank, by one
+    block, and 128 KB by several. Rows are exactly where XLA's all_gather has the rank's experts."""
+    case = dataclasses.replace(BASE, T=num_tokens)
+    config = cuda_config(case)
+
+    def program(ids):
+        def step(i, wrong):
+            now = (ids + i) % case.E
+            everyone = lax.all_gather(now, AXIS, tiled=True)
+            is_here = everyone // case.num_local == lax.axis_index(AXIS)
+            return wrong + ((ep.plan(now, config).slots >= 0) != is_here).sum()
+
+        return lax.fori_loop(0, 100, step, jnp.zeros((), jnp.int32))
+
+    ids = make_ids("uniform", case)
+    for turn in range(10):
+        wrong = run_on(make_mesh(R), program, ids, check_vma=False)
+        assert wrong.tolist() == [0] * R, turn
+        set_delay(turn % R, 20_000)
+
+
 @pytest.mark.parametrize("num_shapes", [1, 2])
 def test_a_thousand_combines_with_changing_rows(num_shapes):
     """The landing areas of both parities are reused with either rank ahead; with two shapes that

@@ -8,7 +8,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import AXIS, Case, make_floats, make_ids, make_mesh, on_ranks
+from helpers import (
+    AXIS,
+    CASES,
+    Case,
+    make_floats,
+    make_ids,
+    make_mesh,
+    make_priority,
+    on_ranks,
+    planner,
+)
 from jax.sharding import Mesh
 
 import jax_moe_ep as ep
@@ -17,7 +27,7 @@ from jax_moe_ep import cuda
 pytestmark = pytest.mark.skipif(not cuda.has_extension(), reason="needs the CUDA extension")
 
 CASE = Case(T=4, K=2, E=8, R=2, H=16)
-GROUP_OPS = ("dispatch", "combine", "combine_backward")
+GROUP_OPS = {"dispatch": 1, "combine": 2, "combine_backward": 3, "gather": 4}
 
 
 def lowered(mesh, axes, case=CASE, dtype=np.float32, **options):
@@ -38,12 +48,14 @@ def lowered(mesh, axes, case=CASE, dtype=np.float32, **options):
         np.zeros((*shape, case.T, case.K), np.int32),
         np.zeros((*shape, case.T, case.K), np.float32),
     )
+    return dict(custom_calls(run, *args))
+
+
+def custom_calls(run, *args):
+    """Name and text of each of our calls in the program for CUDA."""
     text = run.trace(*args).lower(lowering_platforms=("cuda",)).as_text()
-    calls = {}
-    for line in text.splitlines():
-        if found := re.search(r"custom_call @jax_moe_ep_(\w+)\(", line):
-            calls[found[1]] = line
-    return calls
+    found = [re.search(r"custom_call @jax_moe_ep_(\w+)\(", line) for line in text.splitlines()]
+    return [(call[1], call.string) for call in found if call]
 
 
 def attribute(call, name):
@@ -94,13 +106,13 @@ def test_one_rank_asks_for_no_group():
 def test_what_the_ranks_agree_on():
     """The sizes are those of the call; options and dtypes change the hash, ranks do not."""
     calls = lowered(make_mesh(2), AXIS, num_sms=5, timeout_s=1.5)
-    for name, op in zip(GROUP_OPS, (1, 2, 3), strict=True):
+    for name, op in GROUP_OPS.items():
         call = calls[f"group_{name}"]
         expected = {
             "op": op,
             "num_tokens": 4,
             "top_k": 2,
-            "row_bytes": 64,
+            "row_bytes": 8 if name == "gather" else 64,
             "num_sms": 5,
             "timeout_ns": 1_500_000_000,
         }
@@ -117,6 +129,22 @@ def test_what_the_ranks_agree_on():
     ]
     assert len(set(hashes)) == len(hashes)
     assert attribute(lowered(make_mesh(2), AXIS)["group_dispatch"], "options_hash") == hashes[0]
+
+
+@pytest.mark.parametrize("name", ["two_ranks", "priority_per_expert"])
+def test_ids_and_priorities_travel_in_one_call(name):
+    """4 bytes an assignment, 8 with its priority; and no collective of XLA's."""
+    case = dataclasses.replace(CASES[name], R=2)
+    ids, priority = make_ids("uniform", case), make_priority(case)
+    run = on_ranks(planner(case.config("cuda")), make_mesh(2))
+    (gather_name, gather), (plan_name, _) = custom_calls(run, ids, priority)
+    assert (gather_name, plan_name) == ("group_gather", "plan")
+    arrays = 1 if priority is None else 2
+    assert int(attribute(gather, "row_bytes")) == 4 * case.K * arrays
+    assert gather.count(f"tensor<{2 * case.T}x{case.K}xi32>") == 1
+    assert gather.count(f"tensor<{2 * case.T}x{case.K}xf32>") == arrays - 1
+    text = run.trace(ids, priority).lower(lowering_platforms=("cuda",)).as_text()
+    assert "all_gather" not in text
 
 
 def test_environment_for_tests(monkeypatch):
@@ -144,11 +172,12 @@ def control_bytes():
 
 def test_memory_of_the_largest_call():
     """T = 4096, H = 7168, bf16, R = 2: combine's landing of one peer, 58.7 MB, needs halves of
-    64 MiB; staging needs as much. In one process combine's backward has a small class."""
+    64 MiB; staging needs as much. The ids of all ranks, 262 KB, have the smallest class, and in one
+    process combine's backward has it too."""
     config = ep.EpConfig(256, AXIS)
     memory = ep.memory(config, 4096, 7168, 8, jnp.bfloat16, 2)
     control = control_bytes()
-    assert memory.several_processes == control + region(64 * MIB)
+    assert memory.several_processes == control + region(64 * MIB) + region(MIB)
     assert memory.one_process == control + region(64 * MIB) + region(MIB)
     assert 4 * MIB <= control <= 8 * MIB
 
@@ -162,9 +191,13 @@ def test_memory_of_the_gradient_of_dispatch():
 
 
 def test_memory_grows_with_the_ranks():
-    """R = 8: landing of 7 peers, 411 MB, in halves of 512 MiB."""
+    """R = 8: landing of 7 peers, 411 MB, in halves of 512 MiB; ids, 1 MiB. Priorities as much."""
     memory = ep.memory(ep.EpConfig(256, AXIS), 4096, 7168, 8, jnp.bfloat16, 8)
-    assert memory.several_processes == control_bytes() + region(512 * MIB) + region(64 * MIB)
+    regions = region(512 * MIB) + region(64 * MIB)
+    assert memory.several_processes == control_bytes() + regions + region(MIB)
+    config = ep.EpConfig(256, AXIS, drop_policy="priority", capacity=1024)
+    memory = ep.memory(config, 4096, 7168, 8, jnp.bfloat16, 8)
+    assert memory.several_processes == control_bytes() + regions + region(2 * MIB)
 
 
 def test_memory_of_nothing():

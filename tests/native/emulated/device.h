@@ -76,6 +76,7 @@ struct Block {
   int num_threads;
   std::vector<Warp> warps;
   pthread_barrier_t all;
+  NamedBarrier all_and;
   NamedBarrier named[16];
 };
 
@@ -134,6 +135,9 @@ void Launch(void (*kernel)(Params), int num_threads, std::remove_const_t<Params>
 #define gridDim (emulated::Index{1})
 
 inline void __syncthreads() { pthread_barrier_wait(&emulated::block->all); }
+inline int __syncthreads_and(int value) {
+  return emulated::block->all_and.Wait(emulated::block->num_threads, value != 0);
+}
 inline void __syncwarp() { emulated::SyncWarp(); }
 inline void __nanosleep(unsigned) { sched_yield(); }
 inline void __threadfence_system() { std::atomic_thread_fence(std::memory_order_seq_cst); }

@@ -6,6 +6,7 @@
 #include "combine.h"
 #include "device.h"
 #include "dispatch.h"
+#include "gather_group.h"
 #include "layout.h"
 
 namespace emulated {
@@ -55,7 +56,7 @@ using namespace jax_moe_ep;
 struct Job {
   int64_t op, rank, num_ranks, is_one_process, type, has_weights, has_bulk_copy;
   int64_t num_tokens, top_k, num_groups, alignment, capacity, zero_tail, row_bytes;
-  int64_t timeout_ns, options, half_bytes;
+  int64_t timeout_ns, options, half_bytes, num_sms;
   char* controls;  // [num_ranks, control_bytes()]
   char* regions;   // [num_ranks, 2 * half_bytes]
   LaunchState* launch;
@@ -124,6 +125,14 @@ int run(const Job* job) {
   if (op == Op::kDispatch) {
     return LaunchGroupDispatch(
         view, layout, plan, limits, job->x, job->out, job->row_bytes, nullptr);
+  }
+  if (op == Op::kGather) {  // x, and weights where there are some
+    int count = job->has_weights ? 2 : 1;
+    GatherArrays arrays{count,
+                        job->num_tokens * job->row_bytes / count,
+                        {job->x, job->weights},
+                        {job->out, job->dweights}};
+    return LaunchGroupGather(view, layout, arrays, static_cast<int>(job->num_sms), nullptr);
   }
   const float* weights = job->has_weights ? job->weights : nullptr;
   if (op == Op::kCombine) {

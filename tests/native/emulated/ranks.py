@@ -19,7 +19,7 @@ import numpy as np
 SCALARS = (
     *("op", "rank", "num_ranks", "is_one_process", "type", "has_weights", "has_bulk_copy"),
     *("num_tokens", "top_k", "num_groups", "alignment", "capacity", "zero_tail", "row_bytes"),
-    *("timeout_ns", "options", "half_bytes"),
+    *("timeout_ns", "options", "half_bytes", "num_sms"),
 )
 POINTERS = (
     *("controls", "regions", "launch", "failure"),
