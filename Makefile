@@ -39,7 +39,7 @@ test-gpu: export XLA_PYTHON_CLIENT_PREALLOCATE = false
 test-gpu: .venv/installed
 	@test $(NUM_GPUS) -gt 0 || { echo "make test-gpu: nvidia-smi finds no GPU" >&2; exit 1; }
 	$(BIN)/python -m pytest
-	JAX_MOE_EP_FORCE_VECTOR=1 $(BIN)/python -m pytest $(KERNEL_TESTS) -k "cuda or group"
+	JAX_MOE_EP_FORCE_VECTOR=1 JAX_MOE_EP_FORCE_LARGE=1 $(BIN)/python -m pytest $(KERNEL_TESTS) -k "cuda or group"
 	JAX_MOE_EP_FORCE_STAGED=1 $(BIN)/python -m pytest $(KERNEL_TESTS) -k "cuda or group"
 	$(PER_GPU) -m pytest $(SEMANTIC_TESTS) -k cuda
 	$(PER_GPU) -m pytest tests/test_group.py tests/test_sequence_parallel.py tests/test_map_plans.py

@@ -56,7 +56,9 @@ ffi::Error GatherImpl(cudaStream_t stream,
   LaunchLimits limits;
   JAX_MOE_EP_RETURN_IF_ERROR(
       ToFfiError(kOp, GetLaunchLimits(attributes.num_sms, attributes.force_vector, &limits)));
-  auto view = MakeView(context, site, attributes, attributes.row_bytes);
+  auto arena = GetArena(context, attributes);
+  if (!arena.has_value()) return arena.error();
+  auto view = MakeView(**arena, site, attributes, attributes.row_bytes);
   if (!view.has_value()) return view.error();
   RegionLayout layout = attributes.Layout(view->is_one_process);
   return ToFfiError(kOp, LaunchGroupGather(*view, layout, arrays, limits.num_sms, stream));

@@ -37,7 +37,8 @@ ffi::Error PlanImpl(cudaStream_t stream,
                     int64_t expert_limit,
                     bool by_priority,
                     bool block_for_empty,
-                    int64_t num_sms) {
+                    int64_t num_sms,
+                    bool force_large) {
   ++num_executions;
   if (num_experts < 1 || num_experts > kMaxExperts || num_ranks < 1 || num_experts % num_ranks) {
     return ffi::Error::InvalidArgument(
@@ -71,7 +72,8 @@ ffi::Error PlanImpl(cudaStream_t stream,
                       static_cast<int32_t>(capacity),
                       static_cast<int32_t>(expert_limit),
                       block_for_empty,
-                      static_cast<int32_t>(num_sms)};
+                      static_cast<int32_t>(num_sms),
+                      force_large};
   PlanArrays arrays{ids.typed_data(),
                     by_priority ? priority.typed_data() : nullptr,
                     rank.typed_data(),
@@ -118,7 +120,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(PlanFfi,
                                   .Attr<int64_t>("expert_limit")
                                   .Attr<bool>("by_priority")
                                   .Attr<bool>("block_for_empty")
-                                  .Attr<int64_t>("num_sms"),
+                                  .Attr<int64_t>("num_sms")
+                                  .Attr<bool>("force_large"),
                               {ffi::Traits::kCmdBufferCompatible});
 
 }  // namespace jax_moe_ep

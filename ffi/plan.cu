@@ -2,7 +2,7 @@
 
 #include "plan.h"
 #include "plan_layout.cuh"
-#include "plan_params.cuh"
+#include "plan_place.cuh"
 #include "plan_select.cuh"
 
 // plan is a stable counting sort. Assignments are cut into chunks, none across two source ranks.
@@ -19,16 +19,13 @@
 //
 // Every count is an integer sum and every place follows from the order of assignments, so the
 // result does not depend on the order in which blocks run. No kernel waits for another block.
+// Small plans by position take the same steps in one block: plan_small.cu.
 //
 // Example (E = 2, R = 1, A = 2, by position): ids 1 0 1 -1 give demand (1, 2), group_sizes (2, 2),
 // group_starts (0, 2), slots 2 0 3 -1 and owners 0 0 0 -1.
 
 namespace jax_moe_ep {
 namespace {
-
-__device__ void FillZero(int32_t* values, int size) {
-  for (int i = threadIdx.x; i < size; i += blockDim.x) values[i] = 0;
-}
 
 // chunk_counts[chunk][bin] = assignments of the chunk in the bin.
 // Launch: any number of blocks of grid.warps warps, num_bins counters of shared memory.
@@ -90,45 +87,14 @@ __global__ void ScanKernel(const __grid_constant__ PlanParams p, int bins) {
   }
 }
 
-// One warp places its assignments, 32 at a time, in order. counters: the warp's own, for each bin
-// the number of assignments before.
+// One warp places its assignments in order.
 template <bool kSelected>
 __device__ void PlaceWarp(const PlanParams& p, const WarpRange& range, int32_t* counters) {
-  int lane = threadIdx.x % kWarpSize;
-  int num_local = p.shape.num_experts / p.shape.num_ranks;
-  int64_t first_own = int64_t{*p.arrays.rank} * p.shape.assignments_per_rank;
   for (int64_t base = range.begin; base < range.end; base += kWarpSize) {
-    int64_t index = base + lane;
+    int64_t index = base + threadIdx.x % kWarpSize;
     Item item;
     if (index < range.end) item = LoadItem<kSelected>(p, index);
-    unsigned before = (1u << lane) - 1;
-    unsigned same = __match_any_sync(kAllLanes, item.expert);
-    unsigned above = same & __ballot_sync(kAllLanes, item.is_above);
-    unsigned equal = same & __ballot_sync(kAllLanes, item.is_equal);
-
-    int place = -1;  // among the rows that stay
-    if (item.expert >= 0) {
-      int equal_bin = kSelected ? 2 * item.expert + 1 : item.expert;
-      int equal_before = counters[equal_bin] + __popc(equal & before);
-      int quota = kSelected ? p.quotas[item.expert] : p.caps[item.expert];
-      place = min(equal_before, quota);
-      if (kSelected) place += counters[2 * item.expert] + __popc(above & before);
-      if (!item.is_above && !(item.is_equal && equal_before < quota)) place = -1;
-    }
-    __syncwarp();  // all lanes have read before one lane of each expert writes
-    if (item.expert >= 0 && (same & before) == 0) {
-      counters[kSelected ? 2 * item.expert + 1 : item.expert] += __popc(equal);
-      if (kSelected) counters[2 * item.expert] += __popc(above);
-    }
-    __syncwarp();
-    if (index >= range.end) continue;
-
-    int owner = place >= 0 ? item.expert / num_local : -1;
-    bool is_mine = owner == *p.arrays.rank;
-    p.arrays.slots[index] =
-        is_mine ? p.arrays.group_starts[item.expert - owner * num_local] + place : -1;
-    int64_t own = index - first_own;
-    if (own >= 0 && own < p.shape.assignments_per_rank) p.arrays.owners[own] = owner;
+    PlaceItems<kSelected>(p, item, index, range.end, counters);
   }
 }
 
@@ -139,7 +105,6 @@ __global__ void PlaceKernel(const __grid_constant__ PlanParams p) {
   extern __shared__ int32_t counters[];  // [warps, bins]
   int bins = p.grid.num_bins;
   int warp = threadIdx.x / kWarpSize;
-  int num_local = p.shape.num_experts / p.shape.num_ranks;
   for (int chunk = blockIdx.x; chunk < p.grid.num_chunks; chunk += gridDim.x) {
     FillZero(counters, bins * p.grid.warps);
     __syncthreads();
@@ -169,11 +134,7 @@ __global__ void PlaceKernel(const __grid_constant__ PlanParams p) {
       const int32_t* after = source + 1 == p.shape.num_ranks
                                  ? p.totals
                                  : before + int64_t{p.grid.chunks_per_rank} * bins;
-      for (int local = threadIdx.x; local < num_local; local += blockDim.x) {
-        int expert = *p.arrays.rank * num_local + local;
-        p.arrays.source_counts[source * num_local + local] =
-            LiveRows<kSelected>(p, after, expert) - LiveRows<kSelected>(p, before, expert);
-      }
+      WriteSourceCounts<kSelected>(p, source, before, after);
     }
     __syncthreads();
   }
@@ -201,7 +162,7 @@ void LaunchPlace(const PlanParams& params, cudaStream_t stream) {
 }  // namespace
 
 int64_t PlanScratchSize(const PlanShape& shape) {
-  PlanParams params{shape, {}, PlanGrid(shape), {}};
+  PlanParams params{shape, {}, PlanGrid::OfBlocks(shape), {}};
   return CarveScratch(nullptr, params);
 }
 
@@ -222,14 +183,17 @@ cudaError_t LoadPlan() {
       return status;
     }
   }
-  return cudaSuccess;
+  return LoadSmallPlan();
 }
 
 cudaError_t LaunchPlan(const PlanShape& shape,
                        const PlanOptions& options,
                        const PlanArrays& arrays,
                        cudaStream_t stream) {
-  PlanParams params{shape, options, PlanGrid(shape), arrays};
+  if (IsSmallPlan(shape) && !options.force_large) {
+    return LaunchSmallPlan(shape, options, arrays, stream);
+  }
+  PlanParams params{shape, options, PlanGrid::OfBlocks(shape), arrays};
   CarveScratch(arrays.scratch, params);
   LaunchCountAndScan<false>(params, stream);
   LayoutKernel<<<shape.num_ranks, kLayoutThreads, 0, stream>>>(params);

@@ -27,6 +27,7 @@ struct PlanOptions {
   int32_t expert_limit;  // the most rows an expert keeps
   bool block_for_empty;  // an expert without rows takes one block of `alignment`
   int32_t num_sms;       // the most blocks of a launch
+  bool force_large;      // also for few assignments the kernels of many: for tests
 };
 
 // Device pointers. An id outside [0, E) is "no expert".
@@ -57,6 +58,15 @@ cudaError_t LaunchPlan(const PlanShape& shape,
                        const PlanOptions& options,
                        const PlanArrays& arrays,
                        cudaStream_t stream);
+
+// The same by one block, for plans by position whose counters fit into its shared memory: up to
+// 8,192 assignments of 256 experts on 1, 2, 4, ... 32 ranks, say. Needs no scratch.
+bool IsSmallPlan(const PlanShape& shape);
+cudaError_t LoadSmallPlan();
+cudaError_t LaunchSmallPlan(const PlanShape& shape,
+                            const PlanOptions& options,
+                            const PlanArrays& arrays,
+                            cudaStream_t stream);
 
 }  // namespace jax_moe_ep
 

@@ -19,26 +19,33 @@ constexpr int kDigits = 256;
 constexpr int kDigitBits = 8;
 constexpr int kKeyBits = 32;
 
-int CeilDiv(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
+inline int CeilDiv(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
 
 // How the assignments are cut, and where things are in scratch.
 struct PlanGrid {
   int num_bins;         // of the last Count: E by position, 2E by priority
-  int warps;            // of a Count or Place block
+  int warps;            // of a chunk
   int chunks_per_rank;  // chunks of one source rank
   int64_t items_per_warp;
   int num_chunks;
 
-  explicit PlanGrid(const PlanShape& shape) {
-    num_bins = shape.num_experts * (shape.by_priority ? 2 : 1);
-    for (warps = kMaxWarps; warps > 1 && warps * num_bins > kMaxCounters;) warps /= 2;
+  PlanGrid(const PlanShape& shape, int warps, int chunks_per_rank)
+      : num_bins(shape.num_experts * (shape.by_priority ? 2 : 1)),
+        warps(warps),
+        chunks_per_rank(chunks_per_rank),
+        num_chunks(chunks_per_rank * shape.num_ranks) {
+    int64_t items = CeilDiv(shape.assignments_per_rank, int64_t{warps} * chunks_per_rank);
+    items_per_warp = int64_t{CeilDiv(items, kWarpSize)} * kWarpSize;
+  }
+
+  // For blocks of one chunk each.
+  static PlanGrid OfBlocks(const PlanShape& shape) {
+    int bins = shape.num_experts * (shape.by_priority ? 2 : 1), warps = kMaxWarps;
+    while (warps > 1 && warps * bins > kMaxCounters) warps /= 2;
     int wanted = CeilDiv(shape.assignments_per_rank, int64_t{warps} * kItemsPerWarp);
     int most = kMaxChunks / shape.num_ranks;
-    chunks_per_rank = wanted < most ? wanted : most;
-    if (chunks_per_rank < 1) chunks_per_rank = 1;
-    items_per_warp = CeilDiv(shape.assignments_per_rank, int64_t{warps} * chunks_per_rank);
-    items_per_warp = int64_t{CeilDiv(items_per_warp, kWarpSize)} * kWarpSize;
-    num_chunks = chunks_per_rank * shape.num_ranks;
+    int chunks = wanted < most ? wanted : most;
+    return {shape, warps, chunks < 1 ? 1 : chunks};
   }
 };
 
@@ -57,7 +64,7 @@ struct PlanParams {
 };
 
 // Carves scratch; with a null base it only measures. Returns the words used.
-int64_t CarveScratch(int32_t* base, PlanParams& params) {
+inline int64_t CarveScratch(int32_t* base, PlanParams& params) {
   int64_t used = 0;
   auto take = [&](int64_t size) {
     int32_t* start = base ? base + used : nullptr;
@@ -77,7 +84,7 @@ int64_t CarveScratch(int32_t* base, PlanParams& params) {
 }
 
 // Orders like the float, NaN last: a higher key stays longer. Never 0xffffffff.
-__device__ uint32_t PriorityKey(float priority) {
+__device__ inline uint32_t PriorityKey(float priority) {
   if (isnan(priority)) return 0;
   uint32_t bits = __float_as_uint(priority + 0.0f);  // + 0: -0 ties with +0
   return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
@@ -121,7 +128,7 @@ __device__ int LiveRows(const PlanParams& p, const int32_t* counts, int expert) 
   return counts[2 * expert] + min(counts[2 * expert + 1], p.quotas[expert]);
 }
 
-// The assignments of one warp of a Count or Place block.
+// The assignments of one warp of a chunk.
 struct WarpRange {
   int64_t begin, end;
   __device__ WarpRange(const PlanParams& p, int chunk, int warp) {
@@ -134,7 +141,7 @@ struct WarpRange {
   }
 };
 
-int Blocks(const PlanParams& params, int wanted) {
+inline int Blocks(const PlanParams& params, int wanted) {
   return wanted < params.options.num_sms ? wanted : params.options.num_sms;
 }
 

@@ -22,6 +22,9 @@ from jax_moe_ep.plan import Plan
 # an op is traced.
 FORCE_VECTOR = "JAX_MOE_EP_FORCE_VECTOR"
 
+# Set to 1 to plan few assignments by the kernels of many, likewise.
+FORCE_LARGE = "JAX_MOE_EP_FORCE_LARGE"
+
 ROW_BYTES_MULTIPLE = 16
 
 _why_not = ""
@@ -159,6 +162,7 @@ def plan_from_gathered(
         by_priority=by_priority,
         block_for_empty=config.empty_groups == "block",
         num_sms=np.int64(config.num_sms or MAX_INT32),
+        force_large=_is_set(FORCE_LARGE),
     )
     return Plan(
         *results[:-1],  # the last is scratch
@@ -237,7 +241,7 @@ def _call(op: str, result_types: Any, plan: Plan, *args: Array) -> Any:
         op_code=extension(op).op_codes()[op],
         row_bytes=max(_row_bytes(leaf) for leaf in rows),
         has_weights=weights is not None and weights.shape[0] > 0,
-        force_vector=_force_vector(),
+        force_vector=_is_set(FORCE_VECTOR),
     )
 
 
@@ -253,12 +257,12 @@ def _call_alone(op: str, result_types: Any, plan: Plan, *args: Array) -> Any:
         capacity=np.int64(plan.capacity),
         zero_tail=plan.config.tail == "zero",
         num_sms=np.int64(plan.config.num_sms or MAX_INT32),
-        force_vector=_force_vector(),
+        force_vector=_is_set(FORCE_VECTOR),
     )
 
 
-def _force_vector() -> bool:
-    return os.environ.get(FORCE_VECTOR, "0") != "0"
+def _is_set(name: str) -> bool:
+    return os.environ.get(name, "0") != "0"
 
 
 def _row_bytes(leaf: Array) -> int:

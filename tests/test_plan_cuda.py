@@ -32,34 +32,45 @@ LARGE = {
         T=200, K=8, E=4096, R=8, expert_capacity=0.7, drop_policy="priority", distinct_experts=False
     ),
     "tight": Case(T=1500, K=2, E=4, R=2, A=64, capacity=128),
+    # At the limits of one block, and beyond them: deepseek is at one of them.
+    "beyond_one_block": Case(T=513, K=8, E=256, R=2, A=128),
+    "two_warps_a_rank": Case(T=64, K=8, E=256, R=16, A=8, capacity=1.0),
+    "experts_of_one_block": Case(T=32, K=8, E=1024, R=8, A=16, empty_groups="block"),
+    "beyond_its_experts": Case(T=33, K=8, E=1024, R=8, A=16),
 }
 ALL = {name: case for name, case in {**CASES, **LARGE}.items() if case.T}
 
 
 @functools.cache
-def plan_of_rank(case: Case):
+def plan_of_rank(case: Case, force_large: str = "0"):
+    """force_large: what the environment says when it is traced."""
     config = case.config("cuda")
     return jax.jit(functools.partial(cuda.plan_from_gathered, config=config, num_ranks=case.R))
 
 
-def all_plans(case: Case, ids: np.ndarray, priority: np.ndarray | None):
+def all_plans(case: Case, ids: np.ndarray, priority: np.ndarray | None, force_large: str):
     flat = ids.reshape(-1, case.K)
     if priority is None:
         priority = np.zeros((0, case.K), np.float32)
     plans = [
-        plan_of_rank(case)(flat, priority.reshape(-1, case.K), jnp.int32(rank))
+        plan_of_rank(case, force_large)(flat, priority.reshape(-1, case.K), jnp.int32(rank))
         for rank in range(case.R)
     ]
     return {name: np.stack([getattr(p, name) for p in plans]) for name in oracle.LEAVES}
 
 
+@pytest.mark.parametrize("force_large", ["0", "1"], ids=["by_size", "large"])
 @pytest.mark.parametrize("maker", MAKERS)
 @pytest.mark.parametrize("name", ALL)
-def test_every_rank_equals_the_oracle(name: str, maker: str) -> None:
+def test_every_rank_equals_the_oracle(
+    name: str, maker: str, force_large: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Small cases by one block, and by the kernels of large ones."""
+    monkeypatch.setenv(cuda.FORCE_LARGE, force_large)
     case = ALL[name]
     ids, priority = make_ids(maker, case), make_priority(case)
     expected = oracle.plan(case, ids, priority)
-    for leaf, got in all_plans(case, ids, priority).items():
+    for leaf, got in all_plans(case, ids, priority, force_large).items():
         assert_bitwise_equal(got, expected[leaf], leaf)
 
 

@@ -14,6 +14,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <condition_variable>
 #include <cstdint>
 #include <cstring>
@@ -129,6 +130,8 @@ void Launch(void (*kernel)(Params), int num_threads, std::remove_const_t<Params>
 
 }  // namespace emulated
 
+using std::isnan;
+
 #define threadIdx (emulated::ThreadIdx())
 #define blockDim (emulated::BlockDim())
 #define blockIdx (emulated::Index{0})
@@ -141,6 +144,8 @@ inline int __syncthreads_and(int value) {
 inline void __syncwarp() { emulated::SyncWarp(); }
 inline void __nanosleep(unsigned) { sched_yield(); }
 inline void __threadfence_system() { std::atomic_thread_fence(std::memory_order_seq_cst); }
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+inline int __clz(int bits) { return bits == 0 ? 32 : __builtin_clz(bits); }
 inline int __ffs(unsigned bits) { return __builtin_ffs(static_cast<int>(bits)); }
 
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
@@ -149,6 +154,14 @@ inline unsigned __ballot_sync(unsigned, bool value) {
   return emulated::Together(value, [](auto get) {
     unsigned bits = 0;
     for (int lane = 0; lane < emulated::kWarp; ++lane) bits |= unsigned{get(lane)} << lane;
+    return bits;
+  });
+}
+template <typename T>
+unsigned __match_any_sync(unsigned, T value) {
+  return emulated::Together(value, [=](auto get) {
+    unsigned bits = 0;
+    for (int lane = 0; lane < emulated::kWarp; ++lane) bits |= unsigned{get(lane) == value} << lane;
     return bits;
   });
 }
@@ -163,6 +176,12 @@ T __shfl_xor_sync(unsigned, T value, int mask) {
   return emulated::Together(value, [=](auto get) { return get(source); });
 }
 
+template <typename T>
+T __shfl_up_sync(unsigned, T value, int distance) {
+  int source = std::max(emulated::Lane() - distance, 0);
+  return emulated::Together(value, [=](auto get) { return get(source); });
+}
+
 template <typename Kernel>
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, Kernel*) {
   return cudaSuccess;
@@ -172,6 +191,9 @@ cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int) {
   return cudaSuccess;
 }
 
+inline int atomicAdd(int32_t* address, int32_t value) {
+  return __atomic_fetch_add(address, value, __ATOMIC_SEQ_CST);
+}
 inline unsigned atomicExch(uint32_t* address, uint32_t value) {
   return __atomic_exchange_n(address, value, __ATOMIC_SEQ_CST);
 }

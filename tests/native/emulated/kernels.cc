@@ -8,6 +8,7 @@
 #include "dispatch.h"
 #include "gather_group.h"
 #include "layout.h"
+#include "plan.h"
 
 namespace emulated {
 
@@ -142,6 +143,28 @@ int run(const Job* job) {
   CombineBackwardArrays arrays{
       type, job->owners, job->dout, job->x, weights, job->out, job->dweights, job->row_bytes};
   return LaunchGroupCombineBackward(view, layout, plan, limits, arrays, nullptr);
+}
+
+// One rank's plan by one block; 1 where plan would take several. numbers and arrays are in the
+// order of PlanShape, PlanOptions and PlanArrays, without what only other plans have.
+int small_plan(const int32_t* numbers, int32_t* const* arrays) {
+  PlanShape shape{numbers[0], numbers[1], numbers[2], false};
+  PlanOptions options{numbers[3], numbers[4], numbers[5], numbers[6] != 0, 1, false};
+  PlanArrays given{arrays[0],
+                   nullptr,
+                   arrays[1],
+                   arrays[2],
+                   arrays[3],
+                   arrays[4],
+                   arrays[5],
+                   arrays[6],
+                   arrays[7],
+                   arrays[8],
+                   arrays[9],
+                   arrays[10],
+                   nullptr};
+  if (!IsSmallPlan(shape)) return 1;
+  return LaunchSmallPlan(shape, options, given, nullptr);
 }
 
 }  // extern "C"
