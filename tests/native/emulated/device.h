@@ -148,8 +148,6 @@ inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline int __clz(int bits) { return bits == 0 ? 32 : __builtin_clz(bits); }
 inline int __ffs(unsigned bits) { return __builtin_ffs(static_cast<int>(bits)); }
 
-inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
-
 inline unsigned __ballot_sync(unsigned, bool value) {
   return emulated::Together(value, [](auto get) {
     unsigned bits = 0;
