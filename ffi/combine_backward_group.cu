@@ -23,7 +23,7 @@ __device__ bool Pull(const GroupBackwardParams<T>& p,
   int source;
   int64_t token;
   int top_k = p.plan.top_k;
-  if (!p.order.Find(p.group.rank, p.group.num_ranks, position, &source, &token)) return true;
+  p.order.Find(p.group.rank, p.group.num_ranks, position, &source, &token);
   const int32_t* slots = p.plan.slots + (source * p.plan.num_tokens + token) * top_k;
   bool has = false;
   for (int k = 0; k < top_k; ++k) has |= slots[k] >= 0;

@@ -35,8 +35,11 @@ struct BackwardToken {
 template <typename T>
 class BackwardFeeder {
  public:
-  __device__ BackwardFeeder(const GroupBackwardParams<T>& p, BackwardRing& ring, uint64_t epoch)
-      : p_(p), ring_(ring), epoch_(epoch), claims_(p.group) {
+  __device__ BackwardFeeder(const GroupBackwardParams<T>& p,
+                            BackwardRing& ring,
+                            WarpClaims& claims,
+                            uint64_t epoch)
+      : p_(p), ring_(ring), claims_(claims), epoch_(epoch) {
     Prepare();
   }
 
@@ -67,7 +70,7 @@ class BackwardFeeder {
 
   __device__ void Load() {
     const GroupView& group = p_.group;
-    if (!p_.order.Find(group.rank, group.num_ranks, position_, &next_.source, &next_.token)) return;
+    p_.order.Find(group.rank, group.num_ranks, position_, &next_.source, &next_.token);
     int lane = threadIdx.x % kWarpSize, top_k = p_.plan.top_k;
     int64_t place = next_.token * top_k + lane;
     next_.slot = -1;
@@ -131,8 +134,8 @@ class BackwardFeeder {
 
   const GroupBackwardParams<T>& p_;
   BackwardRing& ring_;
+  WarpClaims& claims_;
   uint64_t epoch_;
-  WarpClaims claims_;
   WarpReady ready_;
   bool is_fine_ = true;
   int64_t num_claimed_ = 0;
@@ -237,11 +240,12 @@ __global__ void __launch_bounds__(kBulkWarps* kWarpSize, 1)
     zeros[i] = make_uint4(0, 0, 0, 0);
   }
   ptx::FenceProxyAsyncShared();
+  WarpClaims claims(p.group);
   if (threadIdx.x == 0) epoch = Begin(p.group, true, nullptr);
   __syncthreads();
   if (epoch != kAborted) {
     StageGradients(p, epoch);
-    BackwardFeeder<T> feeder(p, ring, epoch);
+    BackwardFeeder<T> feeder(p, ring, claims, epoch);
     TileGradient<T> gradient;
     int64_t row, row_bytes = p.hidden * sizeof(T);
     ZeroRows zero(p.plan, int64_t{warp} * gridDim.x + blockIdx.x, int64_t{gridDim.x} * kBulkWarps);

@@ -115,40 +115,6 @@ struct TeamItems {
   }
 };
 
-// The same for a warp.
-struct WarpClaims {
-  const GroupView& group;
-  int64_t next = 0;  // of lane 0
-
-  __device__ explicit WarpClaims(const GroupView& group) : group(group) { Ask(); }
-
-  __device__ int64_t Next() {
-    int64_t item = __shfl_sync(kAllLanes, next, 0);
-    Ask();
-    return item;
-  }
-
- private:
-  __device__ void Ask() {
-    if (threadIdx.x % kWarpSize == 0) next = Claim(group, &group.launch->claims);
-  }
-};
-
-// Which ranks a warp has seen ready.
-struct WarpReady {
-  uint32_t ranks = 0;  // a bit a rank
-
-  // False when a rank gave up.
-  __device__ bool Wait(const GroupView& group, uint64_t epoch, int source) {
-    if (ranks >> source & 1) return true;
-    bool is_ready = threadIdx.x % kWarpSize != 0 || WaitForReady(group, epoch, source);
-    if (!__shfl_sync(kAllLanes, is_ready, 0)) return false;
-    __syncwarp();  // lane 0 has acquired for all
-    ranks |= 1u << source;
-    return true;
-  }
-};
-
 // Which ranks a team has seen ready. The same in all of its threads.
 template <typename Team>
 struct TeamReady {

@@ -13,10 +13,11 @@ namespace {
 // What a tile is, and what is due once it has been added.
 struct CombineNote {
   enum : uint32_t {
-    kRow = 1,       // of this rank: its product with the weight goes into this rank's partial
-    kPartial = 2,   // of a peer
-    kLastRow = 4,   // this rank's partial is complete
-    kLastTile = 8,  // so is the sum
+    kRow = 1,        // of this rank: its product with the weight goes into this rank's partial
+    kPartial = 2,    // of a peer
+    kSent = 4,       // this rank's partial is complete, for a peer
+    kKept = 8,       // or for the sum
+    kLastTile = 16,  // the sum is complete
   };
   uint32_t what;
   float weight;
@@ -60,8 +61,11 @@ struct CombineBatch {
 template <typename T>
 class CombineFeeder {
  public:
-  __device__ CombineFeeder(const GroupCombineParams<T>& p, CombineRing& ring, uint64_t epoch)
-      : p_(p), ring_(ring), epoch_(epoch), claims_(p.group) {
+  __device__ CombineFeeder(const GroupCombineParams<T>& p,
+                           CombineRing& ring,
+                           WarpClaims& claims,
+                           uint64_t epoch)
+      : p_(p), ring_(ring), claims_(claims), epoch_(epoch) {
     Prepare();
   }
 
@@ -215,8 +219,9 @@ class CombineFeeder {
       }
       ring_.Put(place - num_put_, from, from == nullptr ? 0 : bytes, note);
     };
+    uint32_t then = IsPush() ? CombineNote::kSent : CombineNote::kKept;
     bool is_last = batch_.row == batch_.last_row;
-    put(batch_.row, row_ + column_, CombineNote::kRow | (is_last ? CombineNote::kLastRow : 0));
+    put(batch_.row, row_ + column_, CombineNote::kRow | (is_last ? then : 0));
     if (!IsPush()) put(batch_.partial, partial_ + column_, CombineNote::kPartial);
     if (now_.ranks == 0 && lane() == 0) put(0, nullptr, 0);
     ring_.Advance(count);
@@ -231,8 +236,8 @@ class CombineFeeder {
 
   const GroupCombineParams<T>& p_;
   CombineRing& ring_;
+  WarpClaims& claims_;
   uint64_t epoch_;
-  WarpClaims claims_;
   WarpReady ready_;
   bool is_fine_ = true;
   int64_t num_claimed_ = 0;
@@ -262,35 +267,42 @@ struct TileSums {
   float own[kTileVectors][kSize] = {};  // this rank's partial
   float all[kTileVectors][kSize] = {};
 
-  __device__ void Add(const uint4* tile, const CombineNote& note) {
-    const T* values = reinterpret_cast<const T*>(tile);
-    bool is_row = note.what & CombineNote::kRow;
+  __device__ void AddRow(const uint4* tile, const CombineNote& note) {
     ForEachTileVector(note.bytes, [&](int i) {
-      Vec<T> vec = Vec<T>::Load(values, TilePlace(i));
+      Vec<T> vec = Vec<T>::Load(reinterpret_cast<const T*>(tile), TilePlace(i));
 #pragma unroll
       for (int j = 0; j < kSize; ++j) {
-        float value = vec.Get(j);
-        if (is_row) {
-          own[i][j] = __fadd_rn(own[i][j], __fmul_rn(note.weight, value));
-        } else {
-          all[i][j] = __fadd_rn(all[i][j], value);
-        }
+        own[i][j] = __fadd_rn(own[i][j], __fmul_rn(note.weight, vec.Get(j)));
       }
     });
   }
 
-  // The complete partial: to its receiver, or into the sum.
-  __device__ void EndRows(const CombineNote& note) {
-    bool is_push = note.out != nullptr && !(note.what & CombineNote::kLastTile);
+  __device__ void AddPartial(const uint4* tile, const CombineNote& note) {
     ForEachTileVector(note.bytes, [&](int i) {
-      Vec<T> rounded = Vec<T>::Round(own[i]);
-      if (is_push) rounded.Store(static_cast<T*>(note.out), TilePlace(i));
-#pragma unroll
-      for (int j = 0; j < kSize; ++j) {
-        if (!is_push) all[i][j] = __fadd_rn(all[i][j], rounded.Get(j));
-        own[i][j] = 0;
-      }
+      AddToSum(i, Vec<T>::Load(reinterpret_cast<const T*>(tile), TilePlace(i)));
     });
+  }
+
+  __device__ void AddToSum(int i, const Vec<T>& vec) {
+#pragma unroll
+    for (int j = 0; j < kSize; ++j) all[i][j] = __fadd_rn(all[i][j], vec.Get(j));
+  }
+
+  // This rank's partial, complete, and gone from here.
+  __device__ Vec<T> TakePartial(int i) {
+    Vec<T> rounded = Vec<T>::Round(own[i]);
+#pragma unroll
+    for (int j = 0; j < kSize; ++j) own[i][j] = 0;
+    return rounded;
+  }
+
+  __device__ void SendPartial(const CombineNote& note) {
+    ForEachTileVector(
+        note.bytes, [&](int i) { TakePartial(i).Store(static_cast<T*>(note.out), TilePlace(i)); });
+  }
+
+  __device__ void KeepPartial(const CombineNote& note) {
+    ForEachTileVector(note.bytes, [&](int i) { AddToSum(i, TakePartial(i)); });
   }
 
   __device__ void EndSum(const CombineNote& note) {
@@ -305,9 +317,12 @@ struct TileSums {
 // All that the warp claims. Returns how many items; false in `goes_on` when a rank gave up: what is
 // loading has landed all the same.
 template <typename T>
-__device__ int64_t
-CombineByWarp(const GroupCombineParams<T>& p, CombineRing& ring, uint64_t epoch, bool* goes_on) {
-  CombineFeeder<T> feeder(p, ring, epoch);
+__device__ int64_t CombineByWarp(const GroupCombineParams<T>& p,
+                                 CombineRing& ring,
+                                 WarpClaims& claims,
+                                 uint64_t epoch,
+                                 bool* goes_on) {
+  CombineFeeder<T> feeder(p, ring, claims, epoch);
   TileSums<T> sums;
   *goes_on = true;
   for (;;) {
@@ -315,9 +330,11 @@ CombineByWarp(const GroupCombineParams<T>& p, CombineRing& ring, uint64_t epoch,
     if (ring.IsEmpty()) break;
     CombineNote note;
     const uint4* tile = ring.Front(&note);
-    if (note.what & (CombineNote::kRow | CombineNote::kPartial)) sums.Add(tile, note);
+    if (note.what & CombineNote::kRow) sums.AddRow(tile, note);
+    if (note.what & CombineNote::kPartial) sums.AddPartial(tile, note);
     ring.Pop();
-    if (note.what & CombineNote::kLastRow) sums.EndRows(note);
+    if (note.what & CombineNote::kSent) sums.SendPartial(note);
+    if (note.what & CombineNote::kKept) sums.KeepPartial(note);
     if (note.what & CombineNote::kLastTile) sums.EndSum(note);
     if (note.flag == nullptr) continue;
     __syncwarp();
@@ -341,6 +358,7 @@ __global__ void __launch_bounds__(kBulkWarps* kWarpSize, 1)
   ring.Init();
   ptx::FenceProxyAsyncShared();
   int64_t num_chunks = p.weights ? NumTableChunks(p.plan.num_tokens * p.plan.top_k) : 0;
+  WarpClaims claims(p.group);
   if (threadIdx.x == 0) epoch = Begin(p.group, num_chunks > 0, nullptr);
   __syncthreads();
   if (epoch != kAborted) {
@@ -348,7 +366,7 @@ __global__ void __launch_bounds__(kBulkWarps* kWarpSize, 1)
       PushWeights(p.group, p.layout, p.plan, p.weights, epoch, chunk);
     });
     bool goes_on;
-    int64_t count = CombineByWarp(p, ring, epoch, &goes_on);
+    int64_t count = CombineByWarp(p, ring, claims, epoch, &goes_on);
     __syncwarp();
     bool is_last = goes_on && threadIdx.x % kWarpSize == 0 &&
                    Complete(&p.group.launch->done, count, p.order.size());

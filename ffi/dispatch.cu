@@ -109,7 +109,7 @@ __device__ int64_t MoveItems(const DispatchParams& p,
       ptx::BulkStore(p.rows + row * p.row_bytes + tile.offset, ring.Data(p, stage), tile.bytes);
     }
   };
-  return Pipe(NumItems<kInGroup>(p), [&] { return items.Next(p); }, load, store);
+  return Pipe(NumItems<kInGroup>(p), [&] { return items.Next(); }, load, store);
 }
 
 // Copies x to where peers read it, a tile at a time, as all warps claim them; then they are told.
@@ -157,14 +157,13 @@ __global__ void __launch_bounds__(kBulkWarps* kWarpSize, 1)
   for (int i = threadIdx.x; i < p.tile_bytes / kVecBytes; i += blockDim.x) {
     reinterpret_cast<uint4*>(tiles)[i] = make_uint4(0, 0, 0, 0);
   }
-  if (kInGroup && threadIdx.x == 0) epoch = Begin(p.group, p.num_chunks > 0, p.x);
-  ptx::FenceProxyAsyncShared();
-  __syncthreads();
-
   // Neighbouring items go to different SMs.
   int64_t worker = int64_t{warp} * gridDim.x + blockIdx.x;
   int64_t num_workers = int64_t{gridDim.x} * kBulkWarps;
-  WarpItems<kInGroup> items{worker, num_workers};
+  WarpItems<kInGroup> items(p, worker, num_workers);
+  if (kInGroup && threadIdx.x == 0) epoch = Begin(p.group, p.num_chunks > 0, p.x);
+  ptx::FenceProxyAsyncShared();
+  __syncthreads();
   if (!kInGroup || epoch != kAborted) {
     if constexpr (kInGroup) {
       items.epoch = epoch;
@@ -195,7 +194,6 @@ __device__ void MoveTile(const DispatchParams& p,
                          WarpItems<kInGroup>& items,
                          const Tile<kInGroup>& tile) {
   if (!tile.HasRow(p) || !items.IsReady(p, tile.source)) return;
-  __syncwarp();  // lane 0 has acquired for all
   int lane = threadIdx.x % kWarpSize;
   const uint4* in = reinterpret_cast<const uint4*>(tile.Data(p, items.epoch));
   uint4 values[kVectorsPerLane];
@@ -223,7 +221,7 @@ __global__ void __launch_bounds__(kInGroup ? kGroupVectorThreads : kVectorThread
   __shared__ uint64_t epoch;
   int64_t num_workers = int64_t{gridDim.x} * (blockDim.x / kWarpSize);
   int64_t worker = (int64_t{blockIdx.x} * blockDim.x + threadIdx.x) / kWarpSize;
-  WarpItems<kInGroup> items{worker, num_workers};
+  WarpItems<kInGroup> items(p, worker, num_workers);
   if constexpr (kInGroup) {
     if (threadIdx.x == 0) epoch = Begin(p.group, p.num_chunks > 0, p.x);
     __syncthreads();
@@ -234,7 +232,7 @@ __global__ void __launch_bounds__(kInGroup ? kGroupVectorThreads : kVectorThread
       StageX(p, epoch);
     }
     int64_t count = 0, num_items = NumItems<kInGroup>(p);
-    for (int64_t item; (item = items.Next(p)) < num_items; ++count) {
+    for (int64_t item; (item = items.Next()) < num_items; ++count) {
       MoveTile(p, items, Tile<kInGroup>(p, item));
     }
     bool is_last = false;

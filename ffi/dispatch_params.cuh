@@ -37,16 +37,15 @@ struct Tile {
   int source;             // the token's rank
   int64_t token, offset;  // among the tokens of its rank; in bytes
   int bytes;
-  bool is_token;
 
   __device__ Tile(const DispatchParams& p, int64_t item) : source(0) {
     Division place = Divide(item, p.num_tiles);
     token = place.quotient;
     offset = place.remainder * p.tile_bytes;
     bytes = static_cast<int>(min(int64_t{p.tile_bytes}, p.row_bytes - offset));
-    is_token = true;
-    if constexpr (kInGroup)
-      is_token = p.order.Find(p.group.rank, p.group.num_ranks, token, &source, &token);
+    if constexpr (kInGroup) {
+      p.order.Find(p.group.rank, p.group.num_ranks, token, &source, &token);
+    }
   }
 
   __device__ const int32_t* Slots(const DispatchParams& p) const {
@@ -56,7 +55,7 @@ struct Tile {
   // All lanes of a warp.
   __device__ bool HasRow(const DispatchParams& p) const {
     bool has = false;
-    for (int k = threadIdx.x % kWarpSize; is_token && k < p.plan.top_k; k += kWarpSize) {
+    for (int k = threadIdx.x % kWarpSize; k < p.plan.top_k; k += kWarpSize) {
       has |= Slots(p)[k] >= 0;
     }
     return __any_sync(kAllLanes, has);
@@ -70,31 +69,41 @@ struct Tile {
   }
 };
 
-// A warp's items, and which sources it has seen ready.
+// A warp's items, in increasing order.
 template <bool kInGroup>
-struct WarpItems {
+struct WarpItems;
+
+template <>
+struct WarpItems<false> {
+  uint64_t epoch = 0;
   int64_t worker;  // of num_workers warps of the launch
   int64_t num_workers;
-  uint64_t epoch = 0;
-  uint32_t ready = 0;  // a bit a rank
 
-  // In increasing order. Claimed in a group: there nothing may wait for a warp that does not run.
-  __device__ int64_t Next(const DispatchParams& p) {
-    if constexpr (kInGroup) return ClaimByWarp(p.group, &p.group.launch->claims);
+  __device__ WarpItems(const DispatchParams&, int64_t worker, int64_t num_workers)
+      : worker(worker), num_workers(num_workers) {}
+
+  __device__ int64_t Next() {
     int64_t item = worker;
     worker += num_workers;
     return item;
   }
+  __device__ bool IsReady(const DispatchParams&, int) { return true; }
+};
 
-  // Lane 0 can read the source's tokens. False when a rank gave up.
+// Claimed in a group: there nothing may wait for a warp that does not run.
+template <>
+struct WarpItems<true> {
+  uint64_t epoch = 0;
+  WarpClaims claims;
+  WarpReady ready;
+
+  __device__ WarpItems(const DispatchParams& p, int64_t, int64_t) : claims(p.group) {}
+
+  __device__ int64_t Next() { return claims.Next(); }
+
+  // Once all lanes can read the source's tokens. False when a rank gave up.
   __device__ bool IsReady(const DispatchParams& p, int source) {
-    if constexpr (!kInGroup) return true;
-    if (ready >> source & 1) return true;
-    bool is_ready = true;
-    if (threadIdx.x % kWarpSize == 0) is_ready = WaitForReady(p.group, epoch, source);
-    if (!__shfl_sync(kAllLanes, is_ready, 0)) return false;
-    ready |= 1u << source;
-    return true;
+    return ready.Wait(p.group, epoch, source);
   }
 };
 

@@ -28,25 +28,31 @@ JAX_MOE_EP_HOST_DEVICE inline int PeerOf(int rank, int num_ranks, int offset) {
   return peer < num_ranks ? peer : peer - num_ranks;
 }
 
-// Pulls: some own tokens, while peers become ready, then one of each rank in turn, so that link and
-// memory work side by side.
+// Pulls: some own tokens, while peers become ready; then one of each rank in turn, so that link and
+// memory work side by side; in the end those of the peers alone.
 struct PullOrder {
   int64_t num_tokens;
-  int64_t lead;  // own tokens first
+  int64_t lead;  // own tokens first, at most num_tokens
 
-  JAX_MOE_EP_HOST_DEVICE int64_t size(int num_ranks) const { return lead + num_tokens * num_ranks; }
+  JAX_MOE_EP_HOST_DEVICE int64_t size(int num_ranks) const { return num_tokens * num_ranks; }
 
-  // The rank and token of a position; false where own tokens have run out.
-  JAX_MOE_EP_HOST_DEVICE bool Find(
+  // The rank and token of a position.
+  JAX_MOE_EP_HOST_DEVICE void Find(
       int rank, int num_ranks, int64_t position, int* source, int64_t* token) const {
     *source = rank;
     *token = position;
-    if (position < lead) return true;
+    if (position < lead) return;
     position -= lead;
-    auto [turn, offset] = Divide(position, num_ranks);
-    *source = PeerOf(rank, num_ranks, static_cast<int>(offset));
-    *token = turn + (offset == 0 ? lead : 0);
-    return *token < num_tokens;
+    int64_t num_turns = num_tokens - lead;  // of all ranks
+    if (position < num_turns * num_ranks) {
+      auto [turn, offset] = Divide(position, num_ranks);
+      *source = PeerOf(rank, num_ranks, static_cast<int>(offset));
+      *token = turn + (offset == 0 ? lead : 0);
+      return;
+    }
+    auto [turn, offset] = Divide(position - num_turns * num_ranks, num_ranks - 1);
+    *source = PeerOf(rank, num_ranks, static_cast<int>(offset) + 1);
+    *token = num_turns + turn;
   }
 };
 

@@ -60,16 +60,23 @@ __device__ inline bool NoteAbort(const GroupView& group) {
 
 __device__ inline uint64_t BeginFirst(const GroupView& group) {
   Control* own = OwnControl(group);
-  if (own->fault.skips) return kAborted;
-  for (uint64_t start = TimeNs(); TimeNs() - start < own->fault.delay_ns;) __nanosleep(1000);
-  if (NoteAbort(group)) return kAborted;
+  // All of these are under way at once: nearly always they find what they look for.
+  Fault fault = own->fault;
+  bool has_aborted = HasAborted(group);
+  bool has_lock = TryLockDevice(&own->is_locked);
+  if (has_aborted || fault.skips || fault.delay_ns > 0) {
+    if (has_lock) UnlockDevice(&own->is_locked);
+    has_lock = false;
+    if (fault.skips) return kAborted;
+    for (uint64_t start = TimeNs(); TimeNs() - start < fault.delay_ns;) __nanosleep(1000);
+    if (NoteAbort(group)) return kAborted;
+  }
   Failure failure{};
   failure.phase = Phase::kLock;
   failure.peer = group.rank;
   auto nothing = [] { return uint64_t{0}; };
-  if (!WaitUntil(group, [&] { return TryLockDevice(&own->is_locked); }, nothing, failure)) {
-    return kAborted;
-  }
+  auto try_lock = [&] { return TryLockDevice(&own->is_locked); };
+  if (!has_lock && !WaitUntil(group, try_lock, nothing, failure)) return kAborted;
   uint64_t epoch = own->epoch + 1;
   // Edge 5: what this call writes to the halves of its parity was last read two calls ago.
   for (int offset = 1; epoch > 2 && offset < group.num_ranks; ++offset) {
@@ -87,8 +94,8 @@ __device__ inline uint64_t Begin(const GroupView& group, bool must_stage, const 
   uint64_t epoch;
   if (AddAcqRelDevice(&launch->arrivals, 1) == 0) {
     epoch = BeginFirst(group);
-    if (epoch != kAborted && !must_stage) Publish(group, epoch, address);
     StoreReleaseDevice(&launch->epoch, epoch);
+    if (epoch != kAborted && !must_stage) Publish(group, epoch, address);
     return epoch;
   }
   // The first block gives up in time.
@@ -98,8 +105,8 @@ __device__ inline uint64_t Begin(const GroupView& group, bool must_stage, const 
 
 // The next number of a counter, or kNoItem once a rank gave up.
 __device__ inline int64_t Claim(const GroupView& group, uint64_t* counter) {
-  if (HasAborted(group)) return kNoItem;
-  return static_cast<int64_t>(AddRelaxedDevice(counter, 1));
+  int64_t item = static_cast<int64_t>(AddRelaxedDevice(counter, 1));
+  return HasAborted(group) ? kNoItem : item;  // both are under way at once
 }
 
 // All lanes of a warp get the same.
@@ -108,6 +115,27 @@ __device__ inline int64_t ClaimByWarp(const GroupView& group, uint64_t* counter)
   if (threadIdx.x % kWarpSize == 0) item = Claim(group, counter);
   return __shfl_sync(kAllLanes, item, 0);
 }
+
+// A warp's claims of items, in increasing order. The next one is asked for before the work on this
+// one, whose time hides its latency.
+struct WarpClaims {
+  const GroupView& group;
+  int64_t next = 0;  // of lane 0
+
+  __device__ explicit WarpClaims(const GroupView& group) : group(group) { Ask(); }
+
+  // All lanes get the same.
+  __device__ int64_t Next() {
+    int64_t item = __shfl_sync(kAllLanes, next, 0);
+    Ask();
+    return item;
+  }
+
+ private:
+  __device__ void Ask() {
+    if (threadIdx.x % kWarpSize == 0) next = Claim(group, &group.launch->claims);
+  }
+};
 
 // Copies 16 KB of 16-byte vectors at a time, or what is left of them.
 inline constexpr int64_t kChunkVectors = 1024;
@@ -175,6 +203,21 @@ __device__ inline bool WaitForReady(const GroupView& group, uint64_t epoch, int 
   Fail(group, failure);
   return false;
 }
+
+// Which ranks a warp has seen ready.
+struct WarpReady {
+  uint32_t ranks = 0;  // a bit a rank
+
+  // All lanes. False when a rank gave up.
+  __device__ bool Wait(const GroupView& group, uint64_t epoch, int source) {
+    if (ranks >> source & 1) return true;
+    bool is_ready = threadIdx.x % kWarpSize != 0 || WaitForReady(group, epoch, source);
+    if (!__shfl_sync(kAllLanes, is_ready, 0)) return false;
+    __syncwarp();  // lane 0 has acquired for all
+    ranks |= 1u << source;
+    return true;
+  }
+};
 
 // Where tokens of a rank can be read once it is ready: `x` for this one.
 __device__ inline const char* TokensOf(

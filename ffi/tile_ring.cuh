@@ -19,9 +19,14 @@ constexpr int64_t kRingBytes = int64_t{kBulkWarps} * kRingTiles * kTileBytes;  /
 // Which of a tile's vectors is vector i of this lane.
 __device__ int TilePlace(int i) { return i * kWarpSize + threadIdx.x % kWarpSize; }
 
-// Calls use(i) for the vectors of this lane in a tile of `bytes`.
+// Calls use(i) for the vectors of this lane in a tile of `bytes`; nearly all tiles are whole.
 template <typename Use>
 __device__ void ForEachTileVector(int bytes, Use use) {
+  if (bytes == kTileBytes) {
+#pragma unroll
+    for (int i = 0; i < kTileVectors; ++i) use(i);
+    return;
+  }
 #pragma unroll
   for (int i = 0; i < kTileVectors; ++i) {
     if (TilePlace(i) * kVecBytes < bytes) use(i);

@@ -34,7 +34,7 @@ def test_every_token_is_pulled_once(order, num_ranks, num_tokens, lead):
     """Own ones first; then each rank's in turn, from the next rank on, each in order."""
     everything = {(source, t) for source in range(num_ranks) for t in range(num_tokens)}
     for rank in range(num_ranks):
-        taken = [each for each in order("pulls", num_ranks, rank, num_tokens, lead) if each]
+        taken = order("pulls", num_ranks, rank, num_tokens, lead)
         assert len(taken) == len(everything)
         assert set(taken) == everything
         assert taken[:lead] == [(rank, t) for t in range(lead)]

@@ -31,8 +31,8 @@ int main(int, char** argv) {
     PullOrder order{number(4), number(5)};
     for (int64_t position = 0; position < order.size(num_ranks); ++position) {
       int64_t token = 0;
-      bool is_there = order.Find(rank, num_ranks, position, &source, &token);
-      Print(is_there, source, token);
+      order.Find(rank, num_ranks, position, &source, &token);
+      Print(true, source, token);
     }
   } else {
     CombineOrder order{num_ranks, number(3), number(4)};
