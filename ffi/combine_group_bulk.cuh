@@ -30,8 +30,9 @@ using CombineRing = TileRing<CombineNote>;
 // A token of a piece on the way into the ring.
 struct CombineToken {
   int32_t slot;    // of k = lane
+  int32_t owner;   // likewise; of a sum alone
   float weight;    // likewise
-  uint32_t ranks;  // a bit a rank: whose partials make the result
+  uint32_t ranks;  // a bit a rank: whose partials make the result; once the token is next
 };
 
 // The tiles that make the result of some columns of a token, in the order of ranks and, on this
@@ -117,15 +118,13 @@ class CombineFeeder {
   }
 
   __device__ CombineToken Load(int offset, int source, int64_t token) const {
-    CombineToken loaded{-1, 1.0f, 0};
-    int owner = -1;
+    CombineToken loaded{-1, -1, 1.0f, 0};
     if (lane() < p_.plan.top_k) {
       loaded.slot = p_.Slots(source, token)[lane()];
       const float* weights = p_.Weights(source, token, epoch_);
       if (weights != nullptr) loaded.weight = weights[lane()];
-      if (offset == 0) owner = p_.owners[token * p_.plan.top_k + lane()];
+      if (offset == 0) loaded.owner = p_.owners[token * p_.plan.top_k + lane()];
     }
-    loaded.ranks = owner >= 0 ? 1u << owner : 0;  // of this lane, until MakeRanks
     return loaded;
   }
 
@@ -134,6 +133,7 @@ class CombineFeeder {
       now_.ranks = __any_sync(kAllLanes, now_.slot >= 0) ? 1u << me() : 0;
       return;
     }
+    now_.ranks = now_.owner >= 0 ? 1u << now_.owner : 0;
     for (int step = kWarpSize / 2; step > 0; step /= 2) {
       now_.ranks |= __shfl_xor_sync(kAllLanes, now_.ranks, step);
     }
