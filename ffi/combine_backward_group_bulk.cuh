@@ -158,16 +158,19 @@ struct TileGradient {
   Vec<T> gradient[kTileVectors] = {};
   float dot = 0;  // of k = lane
 
-  __device__ void Take(const uint4* tile, const BackwardNote& note) {
-    ForEachTileVector(note.bytes, [&](int i) {
+  __device__ void Take(const uint4* tile) {
+#pragma unroll
+    for (int i = 0; i < kTileVectors; ++i) {
       gradient[i] = Vec<T>::Load(reinterpret_cast<const T*>(tile), TilePlace(i));
-    });
+    }
   }
 
   // Writes the tile of dy, and adds the tile's part to the dot product of its k.
   __device__ void Meet(const uint4* tile, const BackwardNote& note) {
     float sum = 0;
-    ForEachTileVector(note.bytes, [&](int i) {
+#pragma unroll
+    for (int i = 0; i < kTileVectors; ++i) {
+      if (TilePlace(i) * kVecBytes >= note.bytes) continue;
       Vec<T> y = Vec<T>::Load(reinterpret_cast<const T*>(tile), TilePlace(i));
       float scaled[Vec<T>::kSize];
 #pragma unroll
@@ -177,7 +180,7 @@ struct TileGradient {
         scaled[j] = __fmul_rn(note.weight, g);
       }
       Vec<T>::Round(scaled).Store(static_cast<T*>(note.dy), TilePlace(i));
-    });
+    }
     for (int step = kWarpSize / 2; step > 0; step /= 2) {
       sum += __shfl_xor_sync(kAllLanes, sum, step);
     }
@@ -257,7 +260,7 @@ __global__ void __launch_bounds__(kBulkWarps* kWarpSize, 1)
       BackwardNote note;
       const uint4* tile = ring.Front(&note);
       if (note.k < 0) {
-        gradient.Take(tile, note);
+        gradient.Take(tile);
       } else {
         gradient.Meet(tile, note);
       }

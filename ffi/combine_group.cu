@@ -10,10 +10,7 @@ namespace {
 constexpr int kTeams = 5;  // of one block an SM: the other SMs stay free
 constexpr int kThreads = 128;
 using CombineTeam = Team<kThreads, kTeams>;
-// Pushes before the first sum: nobody begins with a sum, which would have to wait for a whole push
-// of the peers, and later ones find what they need.
-constexpr int64_t kAheadPerWorker = 2;
-constexpr int64_t kLeastAhead = 1024;  // of each peer's pieces
+constexpr int64_t kPiecesAhead = 1024;  // pushes to each peer before the first sum
 
 __device__ bool HasRow(const int32_t* slots, int top_k) {
   bool has = false;
@@ -201,10 +198,8 @@ cudaError_t LaunchGroupCombine(const GroupView& group,
     params.hidden = arrays.row_bytes / static_cast<int64_t>(sizeof(T));
     params.pieces = CombinePieces(plan.num_tokens, arrays.row_bytes);
     bool is_bulk = limits.has_bulk_copy && plan.top_k <= kMaxBulkTopK;
-    int64_t workers = int64_t{limits.num_sms} * (is_bulk ? kBulkWarps : kTeams);
     int64_t num_peers = group.num_ranks - 1;
-    int64_t ahead = (kAheadPerWorker * workers + num_peers - 1) / num_peers;
-    ahead = std::min(params.pieces.size(), std::max(ahead, kLeastAhead));
+    int64_t ahead = std::min(params.pieces.size(), kPiecesAhead);
     params.order = {group.num_ranks, params.pieces.size(), ahead * num_peers};
     if (is_bulk) {
       GroupCombineBulkKernel<T>

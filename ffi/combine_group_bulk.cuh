@@ -66,9 +66,7 @@ class CombineFeeder {
                            CombineRing& ring,
                            WarpClaims& claims,
                            uint64_t epoch)
-      : p_(p), ring_(ring), claims_(claims), epoch_(epoch) {
-    Prepare();
-  }
+      : p_(p), ring_(ring), claims_(claims), epoch_(epoch) {}
 
   // Puts tiles until the ring is full, there are no more, or partials that have not landed are
   // next. For these it waits only when the ring is empty: what it claimed before is done then.
@@ -134,9 +132,7 @@ class CombineFeeder {
       return;
     }
     now_.ranks = now_.owner >= 0 ? 1u << now_.owner : 0;
-    for (int step = kWarpSize / 2; step > 0; step /= 2) {
-      now_.ranks |= __shfl_xor_sync(kAllLanes, now_.ranks, step);
-    }
+    now_.ranks = __reduce_or_sync(kAllLanes, now_.ranks);
   }
 
   // The flag of a finished push, then the piece that was prepared. False when the ring is full.
@@ -222,8 +218,12 @@ class CombineFeeder {
     uint32_t then = IsPush() ? CombineNote::kSent : CombineNote::kKept;
     bool is_last = batch_.row == batch_.last_row;
     put(batch_.row, row_ + column_, CombineNote::kRow | (is_last ? then : 0));
-    if (!IsPush()) put(batch_.partial, partial_ + column_, CombineNote::kPartial);
-    if (now_.ranks == 0 && lane() == 0) put(0, nullptr, 0);
+    if (!IsPush()) {
+      bool has_none = now_.ranks == 0;  // a note alone, of lane 0
+      put(has_none ? lane() : batch_.partial,
+          has_none ? nullptr : partial_ + column_,
+          has_none ? 0 : CombineNote::kPartial);
+    }
     ring_.Advance(count);
     has_put_ = IsPush();
     num_put_ += count;
@@ -241,8 +241,8 @@ class CombineFeeder {
   WarpReady ready_;
   bool is_fine_ = true;
   int64_t num_claimed_ = 0;
-  // The next piece.
-  CombineItem next_{-1, 0};
+  // The next piece; an empty one at first.
+  CombineItem next_{0, 0};
   Piece next_piece_{};
   CombineToken next_token_{};
   // What is being fed.
@@ -260,57 +260,62 @@ class CombineFeeder {
   char* out_ = nullptr;
 };
 
-// The sums of one tile: each lane has those of kTileVectors vectors.
+// The sums of one tile: each lane has those of kTileVectors vectors. A short tile is added like a
+// whole one, whatever lies behind its end, but not stored there.
 template <typename T>
 struct TileSums {
   static constexpr int kSize = Vec<T>::kSize;
   float own[kTileVectors][kSize] = {};  // this rank's partial
   float all[kTileVectors][kSize] = {};
 
-  __device__ void AddRow(const uint4* tile, const CombineNote& note) {
-    ForEachTileVector(note.bytes, [&](int i) {
+  __device__ void AddRow(const uint4* tile, float weight) {
+#pragma unroll
+    for (int i = 0; i < kTileVectors; ++i) {
       Vec<T> vec = Vec<T>::Load(reinterpret_cast<const T*>(tile), TilePlace(i));
 #pragma unroll
       for (int j = 0; j < kSize; ++j) {
-        own[i][j] = __fadd_rn(own[i][j], __fmul_rn(note.weight, vec.Get(j)));
+        own[i][j] = __fadd_rn(own[i][j], __fmul_rn(weight, vec.Get(j)));
       }
-    });
+    }
   }
 
-  __device__ void AddPartial(const uint4* tile, const CombineNote& note) {
-    ForEachTileVector(note.bytes, [&](int i) {
+  __device__ void AddPartial(const uint4* tile) {
+#pragma unroll
+    for (int i = 0; i < kTileVectors; ++i) {
       AddToSum(i, Vec<T>::Load(reinterpret_cast<const T*>(tile), TilePlace(i)));
-    });
+    }
   }
 
+  // This rank's partial is complete: for a peer, or for the sum.
+  __device__ void SendPartial(const CombineNote& note) { Round(own, note); }
+  __device__ void KeepPartial() {
+#pragma unroll
+    for (int i = 0; i < kTileVectors; ++i) {
+      AddToSum(i, Vec<T>::Round(own[i]));
+#pragma unroll
+      for (int j = 0; j < kSize; ++j) own[i][j] = 0;
+    }
+  }
+
+  __device__ void EndSum(const CombineNote& note) { Round(all, note); }
+
+ private:
   __device__ void AddToSum(int i, const Vec<T>& vec) {
 #pragma unroll
     for (int j = 0; j < kSize; ++j) all[i][j] = __fadd_rn(all[i][j], vec.Get(j));
   }
 
-  // This rank's partial, complete, and gone from here.
-  __device__ Vec<T> TakePartial(int i) {
-    Vec<T> rounded = Vec<T>::Round(own[i]);
+  // Stores the rounded values and starts anew.
+  __device__ static void Round(float (&values)[kTileVectors][kSize], const CombineNote& note) {
 #pragma unroll
-    for (int j = 0; j < kSize; ++j) own[i][j] = 0;
-    return rounded;
-  }
-
-  __device__ void SendPartial(const CombineNote& note) {
-    ForEachTileVector(
-        note.bytes, [&](int i) { TakePartial(i).Store(static_cast<T*>(note.out), TilePlace(i)); });
-  }
-
-  __device__ void KeepPartial(const CombineNote& note) {
-    ForEachTileVector(note.bytes, [&](int i) { AddToSum(i, TakePartial(i)); });
-  }
-
-  __device__ void EndSum(const CombineNote& note) {
-    ForEachTileVector(note.bytes, [&](int i) {
-      Vec<T>::Round(all[i]).Store(static_cast<T*>(note.out), TilePlace(i));
+    for (int i = 0; i < kTileVectors; ++i) {
+      Vec<T> rounded = Vec<T>::Round(values[i]);
+      if (TilePlace(i) * kVecBytes < note.bytes) {
+        rounded.Store(static_cast<T*>(note.out), TilePlace(i));
+      }
 #pragma unroll
-      for (int j = 0; j < kSize; ++j) all[i][j] = 0;
-    });
+      for (int j = 0; j < kSize; ++j) values[i][j] = 0;
+    }
   }
 };
 
@@ -330,11 +335,11 @@ __device__ int64_t CombineByWarp(const GroupCombineParams<T>& p,
     if (ring.IsEmpty()) break;
     CombineNote note;
     const uint4* tile = ring.Front(&note);
-    if (note.what & CombineNote::kRow) sums.AddRow(tile, note);
-    if (note.what & CombineNote::kPartial) sums.AddPartial(tile, note);
+    if (note.what & CombineNote::kRow) sums.AddRow(tile, note.weight);
+    if (note.what & CombineNote::kPartial) sums.AddPartial(tile);
     ring.Pop();
     if (note.what & CombineNote::kSent) sums.SendPartial(note);
-    if (note.what & CombineNote::kKept) sums.KeepPartial(note);
+    if (note.what & CombineNote::kKept) sums.KeepPartial();
     if (note.what & CombineNote::kLastTile) sums.EndSum(note);
     if (note.flag == nullptr) continue;
     __syncwarp();

@@ -54,29 +54,28 @@ template <typename Next, typename Load, typename Store>
 __device__ int64_t Pipe(int64_t end, Next next, Load load, Store store) {
   int64_t count = 0;
   int64_t pending[kPrefetch];  // loading, oldest first
-#pragma unroll
-  for (int n = 0; n < kPrefetch; ++n) {
-    pending[n] = next();
-    if (pending[n] < end) load(pending[n], n);
-  }
-  for (int stage = 0; pending[0] < end; stage = (stage + 1) % kStages) {
-    store(pending[0], stage);
-    ptx::BulkCommitGroup();
-    ++count;
+#pragma unroll 1
+  for (int turn = 0;; ++turn) {
+    if (turn >= kPrefetch) {
+      if (pending[0] >= end) return count;
+      store(pending[0], (turn - kPrefetch) % kStages);
+      ptx::BulkCommitGroup();
+      ++count;
+      // The stage of the next load was last read by the stores of kStages - kPrefetch items ago.
+      ptx::BulkWaitGroupRead<kStages - kPrefetch>();
+      __syncwarp();
+    }
 #pragma unroll
     for (int n = 1; n < kPrefetch; ++n) pending[n - 1] = pending[n];
     pending[kPrefetch - 1] = next();
-    // The stage of the next load was last read by the stores of kStages - kPrefetch items ago.
-    ptx::BulkWaitGroupRead<kStages - kPrefetch>();
-    __syncwarp();
-    if (pending[kPrefetch - 1] < end) load(pending[kPrefetch - 1], (stage + kPrefetch) % kStages);
+    if (pending[kPrefetch - 1] < end) load(pending[kPrefetch - 1], turn % kStages);
   }
-  return count;
 }
 
 // Zeroes a row with the bulk stores of one lane.
 __device__ void ZeroRow(const DispatchParams& p, int64_t row, const char* zeros) {
   if (threadIdx.x % kWarpSize != 0) return;
+#pragma unroll 1
   for (int64_t offset = 0; offset < p.row_bytes; offset += p.tile_bytes) {
     int64_t left = p.row_bytes - offset;
     ptx::BulkStore(p.rows + row * p.row_bytes + offset,
@@ -103,6 +102,7 @@ __device__ int64_t MoveItems(const DispatchParams& p,
     if (zero.Next(&row)) ZeroRow(p, row, zeros);
     if (!ring.Wait(stage)) return;
     Tile<kInGroup> tile(p, item);
+#pragma unroll 1
     for (int k = threadIdx.x % kWarpSize; k < p.plan.top_k; k += kWarpSize) {
       row = tile.Slots(p)[k];
       if (row < 0) continue;
@@ -113,7 +113,8 @@ __device__ int64_t MoveItems(const DispatchParams& p,
 }
 
 // Copies x to where peers read it, a tile at a time, as all warps claim them; then they are told.
-__device__ void StageByBulk(const DispatchParams& p, uint64_t epoch, Ring& ring) {
+// The ring as it is then.
+__device__ __noinline__ Ring StageByBulk(const DispatchParams& p, uint64_t epoch, Ring ring) {
   char* to = Half(p.group, p.group.rank, epoch) + p.staging_offset;
   int64_t bytes = p.plan.num_tokens * p.row_bytes;
   auto size = [&](int64_t tile) {
@@ -131,6 +132,7 @@ __device__ void StageByBulk(const DispatchParams& p, uint64_t epoch, Ring& ring)
   ptx::BulkWaitAll();
   CompleteStaging(p.group, epoch, nullptr, count, p.num_chunks);
   ring.loaded = 0;
+  return ring;
 }
 
 // Inputs: plan, x of all ranks; writes rows. Launch: any number of blocks of kBulkWarps warps, with
@@ -154,6 +156,7 @@ __global__ void __launch_bounds__(kBulkWarps* kWarpSize, 1)
   if (threadIdx.x % kWarpSize == 0) {
     for (int stage = 0; stage < kStages; ++stage) ptx::MbarrierInit(&barriers[warp][stage], 1);
   }
+#pragma unroll 1
   for (int i = threadIdx.x; i < p.tile_bytes / kVecBytes; i += blockDim.x) {
     reinterpret_cast<uint4*>(tiles)[i] = make_uint4(0, 0, 0, 0);
   }
@@ -167,7 +170,7 @@ __global__ void __launch_bounds__(kBulkWarps* kWarpSize, 1)
   if (!kInGroup || epoch != kAborted) {
     if constexpr (kInGroup) {
       items.epoch = epoch;
-      if (p.num_chunks > 0) StageByBulk(p, epoch, ring);
+      if (p.num_chunks > 0) ring = StageByBulk(p, epoch, ring);
     }
     ZeroRows zero(p.plan, worker, num_workers);
     int64_t count = MoveItems(p, items, ring, zero, tiles);

@@ -55,6 +55,7 @@ struct Tile {
   // All lanes of a warp.
   __device__ bool HasRow(const DispatchParams& p) const {
     bool has = false;
+#pragma unroll 1
     for (int k = threadIdx.x % kWarpSize; k < p.plan.top_k; k += kWarpSize) {
       has |= Slots(p)[k] >= 0;
     }

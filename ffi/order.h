@@ -6,21 +6,10 @@
 
 #include <cstdint>
 
+#include "divide.h"
 #include "layout.h"
 
 namespace jax_moe_ep {
-
-struct Division {
-  int64_t quotient, remainder;
-};
-
-// Of numbers that are not negative. GPUs divide 64 bits by hundreds of instructions, and nearly
-// always 32 are enough.
-JAX_MOE_EP_HOST_DEVICE inline Division Divide(int64_t a, int64_t b) {
-  if ((a | b) >> 32 != 0) return {a / b, a % b};
-  uint32_t quotient = static_cast<uint32_t>(a) / static_cast<uint32_t>(b);
-  return {quotient, static_cast<uint32_t>(a) - quotient * static_cast<uint32_t>(b)};
-}
 
 // The rank `offset` places behind `rank`: ranks start at different peers.
 JAX_MOE_EP_HOST_DEVICE inline int PeerOf(int rank, int num_ranks, int offset) {

@@ -37,7 +37,10 @@ __device__ inline char* Half(const GroupView& group, int rank, uint64_t epoch) {
 }
 
 // Edge 1. The caller has seen all that the peers will read.
-__device__ inline void Publish(const GroupView& group, uint64_t epoch, const void* address) {
+static __device__ __noinline__ void Publish(const GroupView& group,
+                                            uint64_t epoch,
+                                            const void* address) {
+#pragma unroll 1
   for (int offset = 1; offset < group.num_ranks; ++offset) {
     Control* peer = group.controls[Peer(group, offset)];
     CallRecord* record = &peer->records[epoch & 1][group.rank];
@@ -47,15 +50,29 @@ __device__ inline void Publish(const GroupView& group, uint64_t epoch, const voi
   }
 }
 
-// Whether a rank gave up. If so this rank's host will know, also where no wait of this one met it.
-__device__ inline bool NoteAbort(const GroupView& group) {
-  uint32_t abort = LoadRelaxedSystem(&OwnControl(group)->abort);
-  if (abort == 0) return false;
+// A rank gave up: this rank's host will know, also where no wait of this one met it.
+static __device__ __noinline__ void NoteAbortOf(const GroupView& group, uint32_t abort) {
   Failure failure{};
   failure.kind = FailureKind::kPeer;
   failure.peer = static_cast<int32_t>(abort) - 1;
   Fail(group, failure);
-  return true;
+}
+
+__device__ inline bool NoteAbort(const GroupView& group) {
+  uint32_t abort = LoadRelaxedSystem(&OwnControl(group)->abort);
+  if (abort != 0) NoteAbortOf(group, abort);
+  return abort != 0;
+}
+
+static __device__ __noinline__ bool WaitForLock(const GroupView& group) {
+  Failure failure{};
+  failure.phase = Phase::kLock;
+  failure.peer = group.rank;
+  return WaitUntil(
+      group,
+      [&] { return TryLockDevice(&OwnControl(group)->is_locked); },
+      [] { return uint64_t{0}; },
+      failure);
 }
 
 __device__ inline uint64_t BeginFirst(const GroupView& group) {
@@ -71,14 +88,10 @@ __device__ inline uint64_t BeginFirst(const GroupView& group) {
     for (uint64_t start = TimeNs(); TimeNs() - start < fault.delay_ns;) __nanosleep(1000);
     if (NoteAbort(group)) return kAborted;
   }
-  Failure failure{};
-  failure.phase = Phase::kLock;
-  failure.peer = group.rank;
-  auto nothing = [] { return uint64_t{0}; };
-  auto try_lock = [&] { return TryLockDevice(&own->is_locked); };
-  if (!has_lock && !WaitUntil(group, try_lock, nothing, failure)) return kAborted;
+  if (!has_lock && !WaitForLock(group)) return kAborted;
   uint64_t epoch = own->epoch + 1;
   // Edge 5: what this call writes to the halves of its parity was last read two calls ago.
+#pragma unroll 1
   for (int offset = 1; epoch > 2 && offset < group.num_ranks; ++offset) {
     int peer = Peer(group, offset);
     if (!WaitForFlag(group, &own->consumed[peer], epoch - 2, Phase::kConsumed, peer)) {
@@ -185,6 +198,18 @@ __device__ inline bool AreEqual(const CallSignature& a, const CallSignature& b) 
          a.row_bytes == b.row_bytes && a.options == b.options;
 }
 
+static __device__ __noinline__ void FailByMismatch(const GroupView& group,
+                                                   uint64_t epoch,
+                                                   int peer) {
+  Failure failure{};
+  failure.kind = FailureKind::kMismatch;
+  failure.phase = Phase::kReady;
+  failure.peer = peer;
+  failure.expected = epoch;
+  failure.theirs = OwnControl(group)->records[epoch & 1][peer].signature;
+  Fail(group, failure);
+}
+
 // Edge 2. One thread: until the peer's data of this call can be read by it, or through a barrier by
 // others. False when a rank gave up, or the peer is in another call.
 __device__ inline bool WaitForReady(const GroupView& group, uint64_t epoch, int peer) {
@@ -192,15 +217,8 @@ __device__ inline bool WaitForReady(const GroupView& group, uint64_t epoch, int 
   Control* own = OwnControl(group);
   if (!WaitForFlag(group, &own->ready[peer], epoch, Phase::kReady, peer)) return false;
   ptx::FenceProxyAsync();
-  const CallSignature& theirs = own->records[epoch & 1][peer].signature;
-  if (AreEqual(theirs, group.signature)) return true;
-  Failure failure{};
-  failure.kind = FailureKind::kMismatch;
-  failure.phase = Phase::kReady;
-  failure.peer = peer;
-  failure.expected = epoch;
-  failure.theirs = theirs;
-  Fail(group, failure);
+  if (AreEqual(own->records[epoch & 1][peer].signature, group.signature)) return true;
+  FailByMismatch(group, epoch, peer);
   return false;
 }
 
@@ -235,6 +253,7 @@ __device__ inline bool Complete(uint64_t* counter, int64_t count, int64_t total)
 
 // Edge 5. One thread, when all items are done.
 __device__ inline void TellConsumed(const GroupView& group, uint64_t epoch) {
+#pragma unroll 1
   for (int offset = 1; offset < group.num_ranks; ++offset) {
     StoreReleaseSystem(&group.controls[Peer(group, offset)]->consumed[group.rank], epoch);
   }
@@ -244,6 +263,7 @@ __device__ inline void TellConsumed(const GroupView& group, uint64_t epoch) {
 // ends.
 __device__ inline void Finish(const GroupView& group, uint64_t epoch, bool must_wait) {
   Control* own = OwnControl(group);
+#pragma unroll 1
   for (int offset = 1; must_wait && offset < group.num_ranks; ++offset) {
     int peer = Peer(group, offset);
     if (!WaitForFlag(group, &own->consumed[peer], epoch, Phase::kFinish, peer)) return;
@@ -268,8 +288,9 @@ __device__ void End(const GroupView& group, Poison poison) {
 }
 
 // All bits set: NaN in every floating type of the ops, -1 in signed integers.
-__device__ inline void PoisonByBlock(void* begin, int64_t bytes) {
+static __device__ __noinline__ void PoisonByBlock(void* begin, int64_t bytes) {
   char* out = static_cast<char*>(begin);
+#pragma unroll 1
   for (int64_t i = threadIdx.x; i < bytes / kVecBytes; i += blockDim.x) {
     reinterpret_cast<uint4*>(out)[i] = make_uint4(~0u, ~0u, ~0u, ~0u);
   }

@@ -3,6 +3,7 @@
 #ifndef JAX_MOE_EP_ROWS_CUH_
 #define JAX_MOE_EP_ROWS_CUH_
 
+#include "divide.h"
 #include "rows.h"
 #include "vec.cuh"
 
@@ -14,16 +15,16 @@ inline constexpr unsigned kAllLanes = 0xffffffffu;
 // The padding rows and, with a zero tail, the tail rows, divided among worker warps: each is found
 // by one of them. All lanes call.
 //
-// Padding is searched over (r, group), r < A, in which row r of a group's padding is live or not:
-// neighbouring lanes look at neighbouring groups, so that work spreads evenly over workers.
+// Padding is searched over (r, group), r < A, in which row r of a group's padding is live or not.
+// Neighbours are left to different workers, so that few rows are shared by many.
 class ZeroRows {
  public:
   __device__ ZeroRows(const RowsPlan& plan, int64_t worker, int64_t num_workers)
       : plan_(plan),
         candidates_(int64_t{plan.num_groups} * plan.alignment),
-        padding_(worker * kWarpSize),
-        tail_(worker * kWarpSize),
-        stride_(num_workers * kWarpSize) {}
+        padding_(worker),
+        tail_(worker),
+        num_workers_(num_workers) {}
 
   // The warp's next row, the same for all lanes; false when there are no more.
   __device__ bool Next(int64_t* row) {
@@ -42,21 +43,21 @@ class ZeroRows {
     *row = -1;
     if (is_done_) return false;
     if (padding_ < candidates_) {
-      int64_t i = padding_ + lane;
+      int64_t i = padding_ + lane * num_workers_;
       if (i < candidates_) {
-        int group = static_cast<int>(i % plan_.num_groups);
-        int64_t unused = plan_.group_counts[group] + i / plan_.num_groups;
+        auto [r, group] = Divide(i, plan_.num_groups);
+        int64_t unused = plan_.group_counts[group] + r;
         if (unused < plan_.group_sizes[group]) *row = plan_.group_starts[group] + unused;
       }
-      padding_ += stride_;
+      padding_ += kWarpSize * num_workers_;
       return true;
     }
     int last = plan_.num_groups - 1;
     int64_t base = plan_.group_starts[last] + plan_.group_sizes[last] + tail_;
     is_done_ = !plan_.zero_tail || base >= plan_.capacity;
     if (is_done_) return false;
-    if (base + lane < plan_.capacity) *row = base + lane;
-    tail_ += stride_;
+    if (base + lane * num_workers_ < plan_.capacity) *row = base + lane * num_workers_;
+    tail_ += kWarpSize * num_workers_;
     return true;
   }
 
@@ -64,7 +65,7 @@ class ZeroRows {
   const RowsPlan& plan_;
   int64_t candidates_;
   int64_t padding_, tail_;  // the next to look at, of lane 0
-  int64_t stride_;
+  int64_t num_workers_;
   bool is_done_ = false;
   int64_t found_ = -1;  // by this lane
   unsigned lanes_ = 0;  // whose rows are still to be returned by Next

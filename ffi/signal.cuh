@@ -12,9 +12,12 @@ __device__ inline bool HasAborted(const GroupView& group) {
   return LoadRelaxedSystem(&group.controls[group.rank]->abort) != 0;
 }
 
+// What only failures and long waits need stays out of line: the kernels' loops fit the instruction
+// caches without it.
+
 // Ends the work of all ranks: the first failure of this rank is written to the host, then every
 // rank is told. Later calls see the abort word first and do nothing.
-__device__ inline void Fail(const GroupView& group, const Failure& failure) {
+static __device__ __noinline__ void Fail(const GroupView& group, const Failure& failure) {
   Control* own = group.controls[group.rank];
   if (atomicExch(&own->has_failed, 1u) == 0) {
     Failure* host = group.failure;
@@ -30,6 +33,7 @@ __device__ inline void Fail(const GroupView& group, const Failure& failure) {
     *reinterpret_cast<volatile FailureKind*>(&host->kind) = failure.kind;
   }
   if (failure.kind == FailureKind::kPeer) return;
+#pragma unroll 1
   for (int rank = 0; rank < group.num_ranks; ++rank) {
     StoreReleaseSystem(&group.controls[rank]->abort, 1u + group.rank);
   }
@@ -58,9 +62,7 @@ __device__ bool WaitUntil(const GroupView& group, IsDone is_done, Seen seen, Fai
   return true;
 }
 
-// Until a flag that `peer` raises in this rank's memory reaches the epoch. It may be past it: a
-// fast peer is up to two calls ahead.
-__device__ inline bool WaitForFlag(
+static __device__ __noinline__ bool WaitLongForFlag(
     const GroupView& group, const uint64_t* flag, uint64_t epoch, Phase phase, int peer) {
   Failure failure{};
   failure.phase = phase;
@@ -71,6 +73,13 @@ __device__ inline bool WaitForFlag(
       [&] { return LoadAcquireSystem(flag) >= epoch; },
       [&] { return LoadAcquireSystem(flag); },
       failure);
+}
+
+// Until a flag that `peer` raises in this rank's memory reaches the epoch. It may be past it: a
+// fast peer is up to two calls ahead.
+__device__ inline bool WaitForFlag(
+    const GroupView& group, const uint64_t* flag, uint64_t epoch, Phase phase, int peer) {
+  return LoadAcquireSystem(flag) >= epoch || WaitLongForFlag(group, flag, epoch, phase, peer);
 }
 
 }  // namespace jax_moe_ep

@@ -19,20 +19,6 @@ constexpr int64_t kRingBytes = int64_t{kBulkWarps} * kRingTiles * kTileBytes;  /
 // Which of a tile's vectors is vector i of this lane.
 __device__ int TilePlace(int i) { return i * kWarpSize + threadIdx.x % kWarpSize; }
 
-// Calls use(i) for the vectors of this lane in a tile of `bytes`; nearly all tiles are whole.
-template <typename Use>
-__device__ void ForEachTileVector(int bytes, Use use) {
-  if (bytes == kTileBytes) {
-#pragma unroll
-    for (int i = 0; i < kTileVectors; ++i) use(i);
-    return;
-  }
-#pragma unroll
-  for (int i = 0; i < kTileVectors; ++i) {
-    if (TilePlace(i) * kVecBytes < bytes) use(i);
-  }
-}
-
 // Every tile comes with a note of what to do with it. The tiles that make one result are a batch;
 // loads land in any order and are consumed in that of Put. All lanes of the warp call the
 // functions.

@@ -29,6 +29,7 @@
 #undef __grid_constant__
 #undef __launch_bounds__
 #undef __align__
+#undef __noinline__
 #define __device__
 #define __global__
 #define __host__
@@ -36,6 +37,7 @@
 #define __grid_constant__
 #define __launch_bounds__(...)
 #define __align__(bytes) alignas(bytes)
+#define __noinline__ __attribute__((noinline))
 
 namespace emulated {
 
@@ -147,6 +149,15 @@ inline void __threadfence_system() { std::atomic_thread_fence(std::memory_order_
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline int __clz(int bits) { return bits == 0 ? 32 : __builtin_clz(bits); }
 inline int __ffs(unsigned bits) { return __builtin_ffs(static_cast<int>(bits)); }
+
+template <typename T>
+T __reduce_or_sync(unsigned, T value) {
+  return emulated::Together(value, [](auto get) {
+    T bits = 0;
+    for (int lane = 0; lane < emulated::kWarp; ++lane) bits |= get(lane);
+    return bits;
+  });
+}
 
 inline unsigned __ballot_sync(unsigned, bool value) {
   return emulated::Together(value, [](auto get) {
