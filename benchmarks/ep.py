@@ -5,115 +5,49 @@ One process with all GPUs, or one process a GPU, started with the environment va
 JAX_MOE_EP_COORDINATOR, JAX_MOE_EP_PROCESS and JAX_MOE_EP_NUM_PROCESSES. XLA captures the programs
 as CUDA graphs with XLA_FLAGS=--xla_gpu_graph_min_graph_size=1. What the GPUs share lies outside of
 XLA's pool: set XLA_PYTHON_CLIENT_PREALLOCATE=false.
+
+--ragged SECONDS adds lax.ragged_all_to_all, by NCCL and by XLA's one-shot kernel, which is its
+default. Each program is compiled with its own setting, so one run measures both. They come last
+and each result is written at once, because a hang ends the process; then --ragged-only with
+--one-shot or --no-one-shot measures one of them.
 """
 
 import dataclasses
 import faulthandler
 import os
 import pathlib
-import statistics
-import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import typer
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 import jax_moe_ep as ep
 from benchmarks import stock
-from benchmarks.group import Bench, Inputs, Step, largest, make_inputs, ops
-from benchmarks.shapes import GroupShape, group_sweep, quick_points, traffic
-from benchmarks.timing import RESULTS, busy_ns, save, wall_times_us
+from benchmarks.group import (
+    Bench,
+    Inputs,
+    Program,
+    Step,
+    XlaOptions,
+    largest,
+    make_inputs,
+    one_by_one,
+    ops,
+)
+from benchmarks.limits import copy_rate, describe_limits, limits
+from benchmarks.report import LOOP, Row, label, make_row, plot, show
+from benchmarks.shapes import GroupShape, group_sweep, quick_points
+from benchmarks.timing import RESULTS, save, wall_times_us
 
-NUM_PEER_COPIES = 8
 TOLERANCE = 2.0**-6  # of stock sums in bf16, relative to the largest
-LIMITED = ("dispatch", "combine", "combine_backward")
 ROW_OPS = ("dispatch", "combine_backward", "round_trip")  # those that write rows, and so a tail
-
-Row = dict[str, Any]
-
-
-# Limits.
-
-
-def copy_rate(bench: Bench, num_bytes: float = 1e9) -> float:
-    """Bytes a microsecond of a copy from device to device, read and written, on all at once."""
-    shape = bench.mesh.size, int(num_bytes) // 4  # of bf16, half read and half written
-    sharding = NamedSharding(bench.mesh, P(stock.AXIS))
-    make = jax.jit(lambda i: jnp.full(shape, i, jnp.bfloat16), out_shardings=sharding)
-    arrays = [make(i) for i in range(3)]
-    copy = jax.jit(lambda arrays: [jnp.copy(array) for array in arrays])
-    return num_bytes * len(arrays) / statistics.median(bench.times(copy, arrays))
-
-
-def peer_copy_us(bench: Bench, remote: np.ndarray) -> float:
-    """Every rank's bytes to every other, at once, by the copy engines.
-
-    Several copies follow each other, so that those of all directions run together; the time is
-    that in which at least one runs on the slowest GPU, without what the host takes to start them.
-    """
-    devices = list(bench.mesh.devices.flat)
-    sources, targets = [], []
-    for i in range(NUM_PEER_COPIES):
-        for source, target in np.ndindex(remote.shape):
-            if source != target:
-                size = max(int(remote[source, target]), 16)  # no bytes would leave no trace
-                sources.append(jax.device_put(jnp.full(size, i, jnp.uint8), devices[source]))
-                targets.append(devices[target])
-    times = bench.times(lambda x: jax.device_put(x, targets), sources, duration=busy_ns)
-    return statistics.median(times) / NUM_PEER_COPIES
-
-
-def peer_us(bench: Bench, remote: np.ndarray) -> float | None:
-    """P of these bytes; None where it is not known, which is printed if it should be."""
-    if bench.peer_gbps is not None:
-        return float(remote.max()) / bench.peer_gbps * 1e-3
-    if jax.process_count() > 1 or bench.mesh.size == 1:
-        return None
-    try:
-        return peer_copy_us(bench, remote)
-    except RuntimeError as error:  # the ops are worth measuring all the same
-        print(f"P is left out: {error}", file=sys.stderr)
-        return None
-
-
-def limits(
-    bench: Bench, shape: GroupShape, ids: np.ndarray, bytes_per_us: float
-) -> dict[str, dict[str, float]]:
-    """By op: the bytes in the memory of the rank that moves most, the most from one rank to
-    another, P, and M, which is not known without P. combine's bytes take P the other way."""
-    p = peer_us(bench, traffic("dispatch", shape, ids).remote)
-    result = {}
-    for op in LIMITED:
-        moved = traffic(op, shape, ids)
-        local, remote = int(moved.local.max()), int(moved.remote.max())
-        result[op] = {"local_bytes": local, "remote_bytes": remote}
-        if p is not None:
-            result[op] |= {"P_us": p, "M_us": max(p, local / bytes_per_us)}
-    there, back = result["dispatch"], result["combine"]
-    result["dispatch_backward"] = back
-    result["plan_and_dispatch"] = there
-    result["round_trip"] = {key: there[key] + back[key] for key in there}
-    return result
-
-
-def describe_limits(bench: Bench, bytes_per_us: float) -> dict[str, Any]:
-    how = "two-way copy by the copy engines in this run; rows without P_us: it failed"
-    if jax.process_count() > 1:
-        how = "left out: device_put cannot copy between processes"
-    if bench.peer_gbps is not None:
-        how = f"remote_bytes at {bench.peer_gbps} GB/s, given with --peer-gbps"
-    return {"copy_TBps": bytes_per_us * 1e-6, "P": how, "M": "max(P, local_bytes at copy_TBps)"}
-
-
-# Measuring.
+ONE_SHOT = "xla_gpu_unsupported_use_ragged_all_to_all_one_shot_kernel"
 
 
 def measure(bench: Bench, shape: GroupShape, bytes_per_us: float, forms: Any = ()) -> list[Row]:
@@ -121,19 +55,20 @@ def measure(bench: Bench, shape: GroupShape, bytes_per_us: float, forms: Any = (
     inputs, ids, num_calls = make_inputs(bench, shape, with_stock="stock" in forms)
     limit = limits(bench, shape, ids, bytes_per_us)
     steps = ops(bench.config(shape))
-    measured = [
-        (op, "", bench.us(step, inputs, num_calls))
+    programs = {
+        (op, ""): bench.in_turn(step, inputs, num_calls)
         for op, step in steps.items()
         if is_measured(op, shape)
-    ]
+    }
     if "loop" in forms:
         for op in ("plan_and_dispatch", "combine"):
-            measured.append((op, "in a loop", bench.loop_us(steps[op], inputs[0])))
+            programs[op, LOOP] = bench.in_loop(steps[op], inputs[0])
     if "stock" in forms:
-        measured += measure_stock(bench, stock.FORMS, inputs, num_calls)
+        programs |= stock_programs(bench, stock.FORMS, inputs, num_calls)
+    us = bench.us(programs)
     if bench.implementation == "cuda":
         ep.check()
-    return [make_row(shape, *each, limit.get(each[0], {})) for each in measured]
+    return [make_row(shape, *key, us[key], limit.get(key[0], {})) for key in us]
 
 
 def is_measured(op: str, shape: GroupShape) -> bool:
@@ -141,44 +76,63 @@ def is_measured(op: str, shape: GroupShape) -> bool:
     return op in ROW_OPS if shape.tail == "undefined" else op != "plan_and_dispatch"
 
 
-def make_row(shape: GroupShape, op: str, form: str, us: float, limit: dict[str, float]) -> Row:
-    row = {**vars(shape), "C": shape.num_rows, "op": op, "form": form, "us": us, **limit}
-    return row | {"ratio": us / limit["M_us"]} if "M_us" in limit else row
-
-
-def measure_stock(
+def stock_programs(
     bench: Bench,
-    forms: dict[str, dict[str, Callable[..., Any]]],
+    forms: stock.Forms,
     inputs: Sequence[Inputs],
     num_calls: int,
-) -> list[tuple[str, str, float]]:
-    """Every form's op, name and microseconds, after a comparison with ours."""
-    ours = ops(inputs[0].plan.config)
+    xla: XlaOptions | None = None,
+) -> dict[tuple[str, str], Program]:
+    """Every form's program by op and name, after a comparison with ours."""
+    steps = {(op, name): stock_step(op, form) for op in forms for name, form in forms[op].items()}
+    check_stock(bench, steps, inputs[0], xla)
+    return {key: bench.in_turn(step, inputs, num_calls, xla) for key, step in steps.items()}
 
-    def stock_step(op: str, form: Callable[..., Any]) -> Step:
-        if op == "dispatch":
-            return lambda i: form(i.x, i.stock)
-        return lambda i: form(i.y, i.plan, i.weights)
 
-    def difference(step: Step, our: Step) -> Step:
-        return lambda i: stock.largest_difference(step(i), our(i))
+def stock_step(op: str, form: Callable[..., Any]) -> Step:
+    if op == "dispatch":
+        return lambda i: form(i.x, i.stock)
+    return lambda i: form(i.y, i.weights, i.stock)
 
-    measured = []
-    for op, name in [(each, name) for each in forms for name in forms[each]]:
-        step = stock_step(op, forms[op][name])
-        worst = largest(bench.on_ranks(difference(step, ours[op]))(inputs[0]))
+
+def check_stock(
+    bench: Bench, steps: dict[tuple[str, str], Step], inputs: Inputs, xla: XlaOptions | None
+) -> None:
+    """That all steps give what ours do, rows exactly and sums but for roundings."""
+    ours = ops(inputs.plan.config)
+
+    def differences(i: Inputs) -> list[jax.Array]:
+        names = dict.fromkeys(op for op, _ in steps)
+        outs = one_by_one([(each, i) for each in (*[ours[op] for op in names], *steps.values())])
+        expected = dict(zip(names, outs, strict=False))
+        actual = outs[len(names) :]
+        return [
+            stock.largest_difference(out, expected[op])
+            for (op, _), out in zip(steps, actual, strict=True)
+        ]
+
+    each = bench.on_ranks(differences, xla)(inputs)
+    for (op, name), difference in zip(steps, each, strict=True):
+        worst = largest(difference)
         assert worst <= (0 if op == "dispatch" else TOLERANCE), f"{name} is off by {worst}"
-        measured.append((op, name, bench.us(step, inputs, num_calls)))
-    return measured
 
 
-def measure_ragged(bench: Bench, shape: GroupShape, timeout_s: float) -> list[Row]:
-    """The process ends if it takes longer: nothing else stops a program on a GPU."""
-    faulthandler.dump_traceback_later(timeout_s, exit=True)
+def measure_ragged(
+    bench: Bench, shape: GroupShape, timeout_s: float, one_shot: Sequence[bool]
+) -> Iterator[list[Row]]:
+    """A row at a time. The process ends if one takes longer: nothing else stops a program on a
+    GPU."""
     inputs, _, _ = make_inputs(bench, shape, with_stock=True)
-    measured = measure_stock(bench, {"dispatch": stock.RAGGED}, inputs, num_calls=2)
-    faulthandler.cancel_dump_traceback_later()
-    return [make_row(shape, *each, {}) for each in measured]
+    for is_one_shot in one_shot:
+        suffix = "one-shot" if is_one_shot else "NCCL"
+        for op, forms in stock.RAGGED.items():
+            for name, form in forms.items():
+                faulthandler.dump_traceback_later(timeout_s, exit=True)
+                named = {op: {f"{name}, {suffix}": form}}
+                xla = {ONE_SHOT: is_one_shot}
+                us = bench.us(stock_programs(bench, named, inputs, len(inputs), xla))
+                faulthandler.cancel_dump_traceback_later()
+                yield [make_row(shape, *key, us[key], {}) for key in us]
 
 
 def forms_of(shape: GroupShape) -> list[str]:
@@ -192,55 +146,6 @@ def shrunk(shape: GroupShape) -> GroupShape:
     most = {"T": 6, "K": 2, "A": 4, "H": 32}
     small = {letter: min(getattr(shape, letter), size) for letter, size in most.items()}
     return dataclasses.replace(shape, **small, E=4 * shape.R)
-
-
-# Results.
-
-
-def show(rows: list[Row]) -> None:
-    """The fastest stock form beside each of ours."""
-    letters = ("T", "H", "K", "A", "tail", "C", "num_sms", "routing")
-    table = Table(*letters[:-2], "SMs", "routing", "op", "us", "P us", "M us", "us/M", "stock us")
-    loop = "in a loop"
-    for r in [r for r in rows if r["form"] in ("", loop)]:
-        point = {key: r[key] for key in (*letters, "op")}
-        others = [
-            o["us"] for o in rows if o["form"] not in ("", loop) and point.items() <= o.items()
-        ]
-        cells = [r["us"], r.get("P_us"), r.get("M_us")]
-        ratio = f"{r['ratio']:.2f}" if "ratio" in r else "-"
-        table.add_row(
-            *["-" if r[letter] is None else str(r[letter]) for letter in letters],
-            f"{r['op']} {r['form']}".strip(),
-            *["-" if us is None else f"{us:.1f}" for us in cells],
-            ratio,
-            f"{min(others):.1f}" if others and not r["form"] else "-",
-        )
-    Console(width=140).print(table)
-
-
-def plot(rows: list[Row], path: pathlib.Path) -> None:
-    """Time against T at the standard point, with P and M."""
-    import matplotlib as mpl  # not needed with --quick
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    standard = {key: value for key, value in vars(GroupShape(R=rows[0]["R"])).items() if key != "T"}
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for color, op in enumerate(LIMITED):
-        wanted = {**standard, "op": op, "form": ""}
-        points = sorted((r for r in rows if wanted.items() <= r.items()), key=lambda r: r["T"])
-        for key, style in (("us", "o-"), ("M_us", ":")):
-            known = [r for r in points if key in r]
-            name = op if key == "us" else f"M of {op}"
-            tokens, us = [r["T"] for r in known], [r[key] for r in known]
-            axes.loglog(tokens, us, style, color=f"C{color}", label=name)
-    known = [r for r in points if "P_us" in r]
-    axes.loglog([r["T"] for r in known], [r["P_us"] for r in known], "k--", label="P")
-    axes.set(xlabel="tokens T a rank", ylabel="µs", title="H = 7168, K = 8, A = 128, bf16")
-    axes.legend(fontsize=8)
-    figure.savefig(path, dpi=130)
 
 
 def join_processes() -> None:
@@ -262,7 +167,12 @@ def main(
     ] = None,
     ragged: Annotated[
         float | None,
-        typer.Option(help="Measure ragged_all_to_all too, last, for at most so many seconds."),
+        typer.Option(help="Measure ragged_all_to_all too, last, each for at most so many seconds."),
+    ] = None,
+    ragged_only: Annotated[bool, typer.Option(help="Nothing else; to NAME-ragged.json.")] = False,
+    one_shot: Annotated[
+        bool | None,
+        typer.Option("--one-shot/--no-one-shot", help="One kind of ragged_all_to_all only."),
     ] = None,
 ) -> None:
     join_processes()
@@ -270,28 +180,39 @@ def main(
     dry = {"implementation": "reference", "times": wall_times_us, "most_calls": 2}
     bench = Bench(mesh, peer_gbps=peer_gbps, **(dry if wall else {}))
     name = "ep" if jax.process_count() == 1 else "ep-processes"
+    name += "-ragged" * ragged_only
     is_first = jax.process_index() == 0
+    console = Console(width=160, quiet=not is_first)
     rate = copy_rate(bench, 1e6 if wall else 1e9)
     points = (quick_points if quick else group_sweep)(mesh.size)
     rows: list[Row] = []
+    seconds: dict[str, float] = {}
 
     def record(new_rows: list[Row]) -> None:
         """After every point: whatever ends the process, what is measured stays."""
         rows.extend(new_rows)
         if is_first:
             flags = os.environ.get("XLA_FLAGS", "")
-            save(name, rows, out, limits=describe_limits(bench, rate), xla_flags=flags)
+            more = {"limits": describe_limits(bench, rate), "xla_flags": flags, "seconds": seconds}
+            save(name, rows, out, **more)
 
     at = shrunk if wall else lambda shape: shape
-    for shape in track(points, "measuring", disable=not is_first):
-        record(measure(bench, at(shape), rate, forms_of(shape)))
-    if is_first:
-        show(rows)
-        print(out / f"{name}.json")
-        if not quick and not wall:
-            plot(rows, out / f"{name}.png")
+    measured = [] if ragged_only else points
+    for shape in track(measured, "measuring", console=console, disable=not is_first):
+        start = time.monotonic()
+        new_rows = measure(bench, at(shape), rate, forms_of(shape))
+        seconds[label(shape)] = round(time.monotonic() - start, 1)
+        record(new_rows)
+        console.print(f"{label(shape)}: {seconds[label(shape)]} s", highlight=False)
+    if rows and is_first and not quick and not wall:
+        plot(rows, out / f"{name}.png")
+    show(rows, console)
     if ragged is not None:
-        record(measure_ragged(bench, at(points[0]), ragged))
+        kinds = [False, True] if one_shot is None else [one_shot]
+        for new_rows in measure_ragged(bench, at(points[0]), ragged, kinds):
+            record(new_rows)
+            console.print(*[f"{r['op']}, {r['form']}: {r['us']:.1f} us" for r in new_rows])
+    console.print(out / f"{name}.json")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,9 +18,10 @@ from benchmarks.shapes import GroupShape
 from benchmarks.stock import AXIS, StockPlan, stock_plan
 from benchmarks.timing import program_times_us
 
-BYTES_BEYOND_L2 = 400e6  # several times the 50 MB of an H200
+BYTES_BEYOND_L2 = 200e6  # four times the 50 MB of an H200
 MOST_BUFFER_BYTES = 12e9  # of the rows that one program reads, and of those that it writes
-USUAL_CALLS, MOST_CALLS = 16, 32  # of one program
+FEWEST_CALLS, USUAL_CALLS, MOST_CALLS = 8, 16, 32  # of one program
+BYTES_OF_A_PROGRAM = 6e9  # of rows: some milliseconds, beside which its start is little
 NUM_ITERATIONS = 100
 TIMEOUT_S = 60.0
 
@@ -37,6 +38,15 @@ class Inputs(NamedTuple):
 
 
 Step = Callable[[Inputs], Any]
+XlaOptions = dict[str, bool | int | str]
+
+
+class Program(NamedTuple):
+    """num_calls calls of one step."""
+
+    run: Callable[[Any], Any]
+    inputs: Any
+    num_calls: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +59,7 @@ class Bench:
 
     mesh: Mesh
     implementation: Any = "cuda"
-    times: Callable[..., list[float]] = program_times_us
+    times: Callable[..., list[list[float]]] = program_times_us
     most_calls: int = MOST_CALLS
     num_iterations: int = NUM_ITERATIONS
     peer_gbps: float | None = None
@@ -58,7 +68,7 @@ class Bench:
         more = {"timeout_s": TIMEOUT_S} if self.implementation == "cuda" else {}
         return shape.config(implementation=self.implementation, **more)
 
-    def on_ranks(self, op: Callable[..., Any]) -> Callable[..., Any]:
+    def on_ranks(self, op: Callable[..., Any], xla: XlaOptions | None = None) -> Callable[..., Any]:
         """op on every rank's shard, jitted; arrays have one entry a rank in front."""
 
         def shard(*args: Any) -> Any:
@@ -66,34 +76,52 @@ class Bench:
             return jax.tree.map(lambda a: a[None], op(*own))
 
         spec = P(AXIS)
-        return jax.jit(
-            jax.shard_map(shard, mesh=self.mesh, in_specs=spec, out_specs=spec, check_vma=False)
+        mapped = jax.shard_map(
+            shard, mesh=self.mesh, in_specs=spec, out_specs=spec, check_vma=False
         )
+        return jax.jit(mapped, compiler_options=xla)
 
-    def us(self, step: Callable[[Any], Any], inputs: Sequence[Any], num_calls: int) -> float:
-        """One call of the step, in a program that calls it for all inputs in turn."""
+    def in_turn(
+        self,
+        step: Callable[[Any], Any],
+        inputs: Sequence[Any],
+        num_calls: int,
+        xla: XlaOptions | None = None,
+    ) -> Program:
+        """The step for all inputs in turn, as often as needed to have so many calls."""
         calls = [*inputs] * max(num_calls // len(inputs), 1)
-        return statistics.median(self.times(self.on_ranks(in_turn(step)), calls)) / len(calls)
+        return Program(self.on_ranks(in_turn(step), xla), calls, len(calls))
 
-    def loop_us(self, step: Step, inputs: Inputs) -> float:
-        """One iteration of a loop around the step, whose inputs may then be in L2."""
-        program = self.on_ranks(in_loop(step, self.num_iterations))
-        return statistics.median(self.times(program, inputs)) / self.num_iterations
+    def in_loop(self, step: Step, inputs: Inputs) -> Program:
+        """A loop around the step, whose inputs may then be in L2."""
+        count = self.num_iterations
+        return Program(self.on_ranks(in_loop(step, count)), inputs, count)
+
+    def us[Key](self, programs: Mapping[Key, Program]) -> dict[Key, float]:
+        """Of one call of each program's step."""
+        times = self.times([(p.run, (p.inputs,)) for p in programs.values()])
+        return {
+            key: statistics.median(each) / program.num_calls
+            for (key, program), each in zip(programs.items(), times, strict=True)
+        }
+
+
+def one_by_one(calls: Sequence[tuple[Callable[[Any], Any], Any]]) -> list[Any]:
+    """What each step makes of its inputs, none before the one before it has ended: XLA would merge
+    the exchanges of independent plans into one, and two exchanges at once may wait for each
+    other."""
+    outs: list[Any] = []
+    for step, inputs in calls:
+        if outs:
+            outs[-1], inputs = lax.optimization_barrier((outs[-1], inputs))
+        outs.append(step(inputs))
+    return outs
 
 
 def in_turn(step: Callable[[Any], Any]) -> Callable[[Sequence[Any]], list[Any]]:
-    """The step for each of the inputs, none before the one before it has ended: XLA would merge
-    the exchanges of independent plans into one."""
-
-    def run(inputs: Sequence[Any]) -> list[Any]:
-        outs: list[Any] = []
-        for each in inputs:
-            if outs:
-                outs[-1], each = lax.optimization_barrier((outs[-1], each))
-            outs.append(step(each))
-        return outs
-
-    return run
+    """The step for each of the inputs, traced once, however many there are."""
+    step = jax.jit(step)
+    return lambda inputs: one_by_one([(step, each) for each in inputs])
 
 
 def in_loop(step: Step, num_iterations: int) -> Step:
@@ -141,32 +169,51 @@ def make_inputs(
 ) -> tuple[list[Inputs], np.ndarray, int]:
     """Different inputs that together exceed L2 (at T = 16 just so), the ids of the first, and how
     many calls a program makes of them; nothing is dropped."""
-    buffers = max(int(MOST_BUFFER_BYTES / (shape.row_bytes * shape.num_rows)), 2)
+    most = most_calls(bench, shape.row_bytes * shape.num_rows)
     touched = shape.row_bytes * shape.T * shape.K
-    most = min(bench.most_calls, buffers)
     num_inputs = int(np.clip(BYTES_BEYOND_L2 / touched, 2, most))
     sharding = NamedSharding(bench.mesh, P(AXIS))
     config = bench.config(shape)
-
-    @functools.partial(jax.jit, out_shardings=sharding)
-    def make(key: jax.Array) -> Any:
-        keys = jax.random.split(key, 3)
-        sizes = (shape.R, shape.T, shape.H), (shape.R, shape.num_rows, shape.H)
-        x, y = (jax.random.normal(k, s, jnp.bfloat16) for k, s in zip(keys[:2], sizes, strict=True))
-        return x, y, jax.random.uniform(keys[2], (shape.R, shape.T, shape.K))
-
     make_plan = bench.on_ranks(lambda ids: ep.plan(ids, config))
     make_stock = bench.on_ranks(stock_plan)
+    payloads = make_payloads(bench.mesh, shape.T, shape.H, shape.K, shape.num_rows, num_inputs)
     random = np.random.default_rng(0)
     all_ids = [shape.ids(random).reshape(shape.R, shape.T, shape.K) for _ in range(num_inputs)]
     inputs = []
-    for i, host_ids in enumerate(all_ids):
+    for host_ids, payload in zip(all_ids, payloads, strict=True):
         ids = jax.make_array_from_callback(host_ids.shape, sharding, host_ids.__getitem__)
         plan = make_plan(ids)
         assert largest(plan.num_dropped) == 0, f"{shape} drops rows"
         maps = make_stock(ids, plan) if with_stock else None
-        inputs.append(Inputs(ids, plan, *make(jax.random.key(i)), maps))
-    return inputs, all_ids[0].reshape(-1, shape.K), min(USUAL_CALLS, most)
+        inputs.append(Inputs(ids, plan, *payload, maps))
+    num_calls = number_of_calls(bench, shape.row_bytes * shape.num_rows)
+    return inputs, all_ids[0].reshape(-1, shape.K), num_calls
+
+
+def most_calls(bench: Bench, buffer_bytes: float) -> int:
+    return min(bench.most_calls, max(int(MOST_BUFFER_BYTES / buffer_bytes), 2))
+
+
+def number_of_calls(bench: Bench, buffer_bytes: float) -> int:
+    """Of one program: as many as its start does not matter for, within memory."""
+    enough = np.clip(BYTES_OF_A_PROGRAM / buffer_bytes, FEWEST_CALLS, USUAL_CALLS)
+    return min(int(enough), most_calls(bench, buffer_bytes))
+
+
+@functools.lru_cache(maxsize=2)  # the sweep goes back and forth between two at the most
+def make_payloads(
+    mesh: Mesh, num_tokens: int, hidden: int, top_k: int, num_rows: int, count: int
+) -> list[tuple[jax.Array, jax.Array, jax.Array]]:
+    """x, y and weights, which depend on neither routing nor tail."""
+
+    @functools.partial(jax.jit, out_shardings=NamedSharding(mesh, P(AXIS)))
+    def make(key: jax.Array) -> Any:
+        keys = jax.random.split(key, 3)
+        sizes = (mesh.size, num_tokens, hidden), (mesh.size, num_rows, hidden)
+        x, y = (jax.random.normal(k, s, jnp.bfloat16) for k, s in zip(keys[:2], sizes, strict=True))
+        return x, y, jax.random.uniform(keys[2], (mesh.size, num_tokens, top_k))
+
+    return [make(jax.random.key(i)) for i in range(count)]
 
 
 def largest(values: jax.Array) -> float:

@@ -140,14 +140,15 @@ class GroupShape(Shape):
 
 def group_sweep(num_ranks: int) -> list[GroupShape]:
     """The standard point between ranks, with one letter changed at a time, and short batches."""
+    # Those of one size follow each other, as they share tokens and rows.
     changes: list[dict[str, Any]] = [
+        {"capacity": "worst"},
+        *[{"capacity": "worst", "routing": routing} for routing in ("skewed", "one_rank")],
+        *[{"num_sms": n} for n in (24, 32, 64, 96)],
         *[{"T": t} for t in (16, 128, 1024, 8192, 16384)],
         *[{"K": k} for k in (1, 2)],
         *[{"H": h} for h in (2048, 4096)],
         *[{"A": a} for a in (1, 16)],
-        {"capacity": "worst"},
-        *[{"num_sms": n} for n in (24, 32, 64, 96)],
-        *[{"capacity": "worst", "routing": routing} for routing in ("skewed", "one_rank")],
     ]
     return [*quick_points(num_ranks), *[GroupShape(R=num_ranks, **change) for change in changes]]
 

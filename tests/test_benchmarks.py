@@ -14,9 +14,8 @@ from jax import lax
 from jax.sharding import Mesh
 from matplotlib import image
 
-import jax_moe_ep as ep
 from benchmarks import ep as benchmark
-from benchmarks import group, shapes, stock, timing
+from benchmarks import group, limits, report, shapes, stock, timing
 from benchmarks.shapes import GroupShape, Shape
 
 DEVICES = jax.devices("cpu")[:2]  # also beside GPUs: what is tested here is not the kernels
@@ -225,37 +224,35 @@ def emulated(operand, output, here, sent, there, received, *, axis_name):
 def stock_differences():
     """Of every form, the ragged ones in an emulation, in one program."""
     inputs, _, _ = tiny_inputs()
-    ragged = {
-        name: functools.partial(form, transport=emulated) for name, form in stock.RAGGED.items()
-    }
+    forms = [(op, name, form) for op in stock.FORMS for name, form in stock.FORMS[op].items()]
+    for op, ragged in stock.RAGGED.items():
+        for name, form in ragged.items():
+            forms.append((op, name, functools.partial(form, transport=emulated)))
+    ours = group.ops(tiny_bench().config(TINY))
 
     def differences(i):
-        plan = i.plan
-        rows, out = ep.dispatch(i.x, plan), ep.combine(i.y, plan, i.weights)
-        dispatches = {**stock.FORMS["dispatch"], **ragged}
-        return {
-            name: stock.largest_difference(form(i.x, i.stock), rows)
-            for name, form in dispatches.items()
-        } | {
-            name: stock.largest_difference(form(i.y, plan, i.weights), out)
-            for name, form in stock.FORMS["combine"].items()
-        }
+        return [
+            stock.largest_difference(benchmark.stock_step(op, form)(i), ours[op](i))
+            for op, _, form in forms
+        ]
 
-    return jax.device_get(tiny_bench().on_ranks(differences)(inputs[0]))
+    values = jax.device_get(tiny_bench().on_ranks(differences)(inputs[0]))
+    return {(op, name): value for (op, name, _), value in zip(forms, values, strict=True)}
 
 
-DISPATCHES = (*stock.FORMS["dispatch"], *stock.RAGGED)
+def names_of(op):
+    return [*stock.FORMS[op], *stock.RAGGED[op]]
 
 
-@pytest.mark.parametrize("name", DISPATCHES)
+@pytest.mark.parametrize("name", names_of("dispatch"))
 def test_stock_dispatch_gives_the_same_rows(stock_differences, name):
-    assert stock_differences[name].tolist() == [0, 0]
+    assert stock_differences["dispatch", name].tolist() == [0, 0]
 
 
-@pytest.mark.parametrize("name", stock.FORMS["combine"])
+@pytest.mark.parametrize("name", names_of("combine"))
 def test_stock_combine_gives_the_same_sums(stock_differences, name):
     """But for roundings of bf16."""
-    assert stock_differences[name].max() <= benchmark.TOLERANCE
+    assert stock_differences["combine", name].max() <= benchmark.TOLERANCE
 
 
 def test_differences_are_found():
@@ -269,7 +266,29 @@ def test_a_wrong_stock_form_is_not_measured():
     inputs, _, _ = tiny_inputs()
     forms = {"dispatch": {"wrong": lambda x, maps: 2 * stock.gathered(x, maps)}}
     with pytest.raises(AssertionError, match="wrong is off by"):
-        benchmark.measure_stock(tiny_bench(), forms, inputs, 2)
+        benchmark.stock_programs(tiny_bench(), forms, inputs, 2)
+
+
+def test_both_kinds_of_ragged_are_measured_one_by_one(monkeypatch):
+    """NCCL's before XLA's own kernel, each compiled with its setting."""
+    stepped = {
+        op: {name: functools.partial(form, transport=emulated) for name, form in forms.items()}
+        for op, forms in stock.RAGGED.items()
+    }
+    monkeypatch.setattr(stock, "RAGGED", stepped)
+    settings, jit = [], jax.jit
+
+    def recorded(*args, compiler_options=None, **options):
+        if compiler_options:
+            settings.append(compiler_options[benchmark.ONE_SHOT])
+        return jit(*args, compiler_options=compiler_options, **options)
+
+    monkeypatch.setattr(group.jax, "jit", recorded)
+    found = list(benchmark.measure_ragged(tiny_bench(), TINY, 60, [False, True]))
+    names = [(op, name) for op in stepped for name in stepped[op]]
+    expected = [(op, f"{name}, {kind}") for kind in ("NCCL", "one-shot") for op, name in names]
+    assert [(row["op"], row["form"]) for (row,) in found] == expected
+    assert settings == [False] * 2 * len(names) + [True] * 2 * len(names)
 
 
 # Programs.
@@ -305,14 +324,36 @@ def test_a_loop_plans_in_each_iteration_and_calls_plan_one_by_one():
 def test_one_call_of_the_programs_is_reported():
     """A program of 2 inputs, 6 calls, takes 60, 90 and 600 us: 15 a call; a loop of 4 a quarter."""
 
-    def times(program, calls):
-        assert isinstance(calls, group.Inputs) or len(calls) == 6
-        return [600.0, 60.0, 90.0]
+    def times(calls):
+        (_, (in_turn,)), (_, (in_loop,)) = calls
+        assert len(in_turn) == 6
+        assert isinstance(in_loop, group.Inputs)
+        return [[600.0, 60.0, 90.0]] * 2
 
     inputs, _, _ = tiny_inputs()
     bench = dataclasses.replace(tiny_bench(), times=times)
-    assert bench.us(lambda i: i.x, inputs, num_calls=7) == 15
-    assert bench.loop_us(lambda i: i.x, inputs[0]) == 22.5
+    programs = {
+        "in turn": bench.in_turn(lambda i: i.x, inputs, num_calls=7),
+        "in a loop": bench.in_loop(lambda i: i.x, inputs[0]),
+    }
+    assert bench.us(programs) == {"in turn": 15, "in a loop": 22.5}
+
+
+def test_tokens_and_rows_are_made_once_for_points_of_one_size():
+    bench = tiny_bench()
+    first, _, _ = tiny_inputs()
+    skewed = dataclasses.replace(TINY, routing="skewed", tail="undefined")
+    second, ids, _ = group.make_inputs(bench, skewed)
+    assert first[0].y is second[0].y
+    assert np.array_equal(ids.reshape(2, 5, 2), second[0].ids)
+    assert not np.array_equal(first[0].ids, second[0].ids)
+
+
+def test_a_program_moves_enough_in_few_calls():
+    """12 GB at the most and 6 at the least, in 8 to 16 calls if they fit."""
+    bench = dataclasses.replace(tiny_bench(), most_calls=group.MOST_CALLS)
+    for size, calls in ((1e3, 16), (0.5e9, 12), (1e9, 8), (3e9, 4), (8e9, 2)):
+        assert group.number_of_calls(bench, size) == calls
 
 
 # Times.
@@ -348,14 +389,15 @@ def test_executions_of_a_profile():
     assert [timing.busy_ns(e) for e in executions] == [35e3, 7e6]
 
 
-def profiled(monkeypatch, planes):
-    """program_times_us, with a profile that is already there."""
+def profiled(monkeypatch, *profiles):
+    """program_times_us of two calls, with profiles that are already there."""
+    left = list(profiles)
 
     class ProfileData:
-        from_file = staticmethod(lambda path: types.SimpleNamespace(planes=planes))
+        from_file = staticmethod(lambda path: types.SimpleNamespace(planes=left.pop(0)))
 
     class Trace:
-        def __init__(self, folder):
+        def __init__(self, folder, profiler_options):
             (Path(folder) / "a.xplane.pb").touch()
 
         __enter__ = __exit__ = lambda self, *_: None
@@ -364,25 +406,36 @@ def profiled(monkeypatch, planes):
     monkeypatch.setattr(timing.jax.profiler, "ProfileData", ProfileData)
     monkeypatch.setattr(timing.time, "sleep", lambda _: None)
     arrays = [jax.device_put(jnp.zeros(1), device) for device in DEVICES]
-    return timing.program_times_us(lambda x: x, arrays)
+    return timing.program_times_us([(lambda x: x, (arrays,))] * 2)
+
+
+def profile(*durations):
+    """Of one GPU for each list of durations, in microseconds, every 5 ms."""
+    gpus = [plane(("Stream #7", [(5000 * i, d) for i, d in enumerate(each)])) for each in durations]
+    for i, each in enumerate(gpus):
+        each.name = f"/device:GPU:{i}"
+    return gpus
 
 
 def test_the_slowest_gpu_counts(monkeypatch):
     """Executions take 10 + i and 25 us; a third GPU, which nobody uses, has an empty plane."""
     n = timing.NUM_REPEATS
-    first = plane(("Stream #1", [(5000 * i, 10 + i) for i in range(n)]))
-    second = plane(("Stream #7", [(5000 * i, 25) for i in range(n)]))
-    for i, each in enumerate(planes := [first, second, plane()]):
-        each.name = f"/device:GPU:{i}"
-    times = profiled(monkeypatch, planes)
-    np.testing.assert_allclose(times, [max(10 + i, 25) for i in range(n)])
+    planes = profile([10 + i for i in range(2 * n)], [25] * 2 * n, [])
+    first, second = profiled(monkeypatch, planes)
+    np.testing.assert_allclose(first + second, [max(10 + i, 25) for i in range(2 * n)])
+    assert len(first) == n
 
 
-def test_a_profile_without_a_gpu_is_refused(monkeypatch):
-    only = plane(("Stream #1", [(5000 * i, 10) for i in range(timing.NUM_REPEATS)]))
-    only.name = "/device:GPU:0"
-    with pytest.raises(RuntimeError, match=r"30 executions on each of 2 GPUs, .* has \[30\]"):
-        profiled(monkeypatch, [only])
+def test_a_profile_with_a_divided_execution_is_made_again(monkeypatch):
+    n = timing.NUM_REPEATS
+    divided, whole = profile([10] * (2 * n + 1), [10] * 2 * n), profile([7] * 2 * n, [8] * 2 * n)
+    assert profiled(monkeypatch, divided, whole) == [pytest.approx([8] * n)] * 2
+
+
+def test_profiles_without_a_gpu_are_refused(monkeypatch):
+    only = profile([10] * 2 * timing.NUM_REPEATS)
+    with pytest.raises(RuntimeError, match=r"40 executions on each of 2 GPUs, .* has \[40\]"):
+        profiled(monkeypatch, only, only)
 
 
 def test_processes_start_together(monkeypatch):
@@ -403,19 +456,22 @@ def test_peer_copies_move_every_pairs_bytes():
     """48 and 80 bytes, several times, all pairs together; nothing at all is 16 bytes."""
     seen = []
 
-    def times(program, sources, duration):
+    def times(calls, duration):
         assert duration is timing.busy_ns
+        ((program, (sources,)),) = calls
         for source, copied in zip(sources, program(sources), strict=True):
             (start,), (end,) = source.devices(), copied.devices()
             seen.append((start.id, end.id, copied.nbytes))
-        return [8.0 * benchmark.NUM_PEER_COPIES]
+        return [[8.0 * limits.NUM_PEER_COPIES]]
 
     bench = dataclasses.replace(tiny_bench(), times=times)
     a, b = (device.id for device in bench.mesh.devices.flat)
-    assert benchmark.peer_us(bench, np.array([[0, 48], [80, 0]])) == 8
-    assert seen == [(a, b, 48), (b, a, 80)] * benchmark.NUM_PEER_COPIES
+    assert limits.peer_us(bench, np.array([[0, 48], [80, 0]])) == 8
+    assert seen == [(a, b, 48), (b, a, 80)] * limits.NUM_PEER_COPIES
+    assert limits.peer_us(bench, np.array([[0, 48], [80, 0]])) == 8
+    assert len(seen) == 2 * limits.NUM_PEER_COPIES, "measured twice"
     seen.clear()
-    assert benchmark.peer_us(bench, np.array([[0, 0], [80, 0]])) == 8
+    assert limits.peer_us(bench, np.array([[0, 0], [80, 0]])) == 8
     assert set(seen) == {(a, b, 16), (b, a, 80)}
 
 
@@ -423,7 +479,7 @@ def test_limits_by_hand():
     """16 bytes at 1e-3 GB/s take 16 us. At 10 bytes a microsecond 240 bytes take 24, 128 12.8."""
     shape, ids = routing_by_hand()
     bench = dataclasses.replace(tiny_bench(), peer_gbps=1e-3)
-    limit = benchmark.limits(bench, shape, ids, bytes_per_us=10)
+    limit = limits.limits(bench, shape, ids, bytes_per_us=10)
     known = {"local_bytes": 240, "remote_bytes": 16, "P_us": 16.0, "M_us": 24.0}
     assert limit["dispatch"] == limit["plan_and_dispatch"] == known
     assert limit["combine"] == limit["dispatch_backward"]
@@ -439,10 +495,10 @@ def test_without_p_there_is_no_m(capsys):
 
     shape, ids = routing_by_hand()
     bench = dataclasses.replace(tiny_bench(), times=times)
-    limit = benchmark.limits(bench, shape, ids, bytes_per_us=10)
+    limit = limits.limits(bench, shape, ids, bytes_per_us=10)
     assert limit["dispatch"] == {"local_bytes": 240, "remote_bytes": 16}
     assert "P is left out: no profile" in capsys.readouterr().err
-    row = benchmark.make_row(shape, "dispatch", "", 5.0, limit["dispatch"])
+    row = report.make_row(shape, "dispatch", "", 5.0, limit["dispatch"])
     assert "ratio" not in row
 
 
@@ -465,6 +521,7 @@ def test_a_dry_run_writes_its_results(monkeypatch, tmp_path, capsys):
     result = json.loads((tmp_path / "ep.json").read_text())
     assert {"command", "date", "devices", "commit", "versions", "xla_flags"} <= set(result)
     assert set(result["limits"]) == {"copy_TBps", "P", "M"}
+    assert list(result["seconds"]) == ["T=128"]
     assert "100.0 GB/s" in result["limits"]["P"]
     ops = ["plan", "dispatch", "combine", "dispatch_backward", "combine_backward", "round_trip"]
     forms = [(op, "") for op in ops]
@@ -480,17 +537,19 @@ def test_a_dry_run_writes_its_results(monkeypatch, tmp_path, capsys):
     stock_us = [r["us"] for r in result["rows"] if r["form"] in stock.FORMS["dispatch"]]
     (line,) = [line for line in out.splitlines() if "│ dispatch  " in line]
     assert f" {min(stock_us):.1f} " in line
+    assert "T=128: " in out
 
 
 def test_plot_is_not_blank(tmp_path):
-    """With and without limits."""
+    """With and without limits and stock forms."""
     shape = GroupShape()
-    for limit in ({"P_us": 4.0, "M_us": 5.0}, {}):
+    for limit, forms in (({"P_us": 4.0, "M_us": 5.0}, ["", "stock"]), ({}, [""])):
         rows = [
-            benchmark.make_row(dataclasses.replace(shape, T=t), op, "", t * 0.5, limit)
+            report.make_row(dataclasses.replace(shape, T=t), op, form, t * 0.5, limit)
             for t in (16, 128)
-            for op in benchmark.LIMITED
+            for op in limits.LIMITED
+            for form in forms
         ]
-        benchmark.plot(rows, tmp_path / "ep.png")
+        report.plot(rows, tmp_path / "ep.png")
         pixels = image.imread(tmp_path / "ep.png")[..., :3]
         assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 100
