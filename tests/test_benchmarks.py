@@ -16,6 +16,7 @@ from matplotlib import image
 
 from benchmarks import ep as benchmark
 from benchmarks import group, limits, report, shapes, stock, timing
+from benchmarks import step as step_benchmark
 from benchmarks.shapes import GroupShape, Shape
 
 DEVICES = jax.devices("cpu")[:2]  # also beside GPUs: what is tested here is not the kernels
@@ -553,3 +554,41 @@ def test_plot_is_not_blank(tmp_path):
         report.plot(rows, tmp_path / "ep.png")
         pixels = image.imread(tmp_path / "ep.png")[..., :3]
         assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 100
+
+
+# A step.
+
+
+def test_steps_of_all_forms_have_the_same_gradients(tmp_path, capsys):
+    """Or they would be left out."""
+    step_benchmark.main(tmp_path, wall=True, ranks=2)
+    result = json.loads((tmp_path / "step.json").read_text())
+    forms = ["jax_moe_ep, zero tail", "jax_moe_ep, undefined tail", *step_benchmark.STOCK]
+    assert [row["form"] for row in result["rows"]] == [*forms, "no exchange"]
+    for row in result["rows"]:
+        assert row["us"] > 0
+        assert {"T", "H", "F", "K", "A", "E", "R", "C", "layers", "gemm"} <= set(row)
+    assert "us a layer" in capsys.readouterr().out
+
+
+def test_steps_with_wrong_gradients_are_left_out(monkeypatch, capsys):
+    def twice(y, weights, maps):
+        return 2 * stock.scattered(y, weights, maps)
+
+    monkeypatch.setattr(step_benchmark, "STOCK", {"wrong": (stock.gathered, twice)})
+    rows = step_benchmark.measure(tiny_bench(), TINY, 4, 2, "lax")
+    assert "wrong" not in {row["form"] for row in rows}
+    assert len(rows) == 3
+    assert "wrong is left out: its gradients are off by" in capsys.readouterr().err
+
+
+def test_a_step_calls_each_op_in_the_loops(monkeypatch):
+    """One loop forward and one backward, with the exchange in both and none outside."""
+    bench = tiny_bench()
+    inputs = step_benchmark.make_inputs(bench, TINY, 4, 3)
+    forms = step_benchmark.steps(TINY, bench, step_benchmark.GEMMS["lax"])
+    text = bench.on_ranks(forms["all_to_all"]).lower(inputs).compile().as_text()
+    entry = text.split("\nENTRY ")[1]
+    assert entry.count(" while(") == 2
+    assert " all-to-all(" not in entry
+    assert text.count(" all-to-all(") == 4
