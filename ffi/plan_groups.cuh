@@ -10,8 +10,8 @@ namespace {
 
 __device__ inline int32_t AlignedRows(const PlanOptions& options, int32_t rows) {
   if (options.block_for_empty) rows = max(rows, 1);
-  return static_cast<int32_t>((int64_t{rows} + options.alignment - 1) / options.alignment *
-                              options.alignment);
+  uint32_t alignment = options.alignment;
+  return static_cast<int32_t>((rows + alignment - 1) / alignment * alignment);
 }
 
 // The largest m with rows(m) <= C, where rows(m) is the sum of AlignedRows(min(wanted, m)) over the
@@ -21,6 +21,7 @@ __device__ int32_t LargestCap(const PlanOptions& options, Rows rows) {
   if (rows(INT32_MAX) <= options.capacity) return INT32_MAX;
   // It overflows, so some expert has more than m rows, and these m rows fit in C: m <= C.
   int32_t m = 0;
+#pragma unroll 1
   for (int bit = 31 - __clz(max(options.capacity, 1)); bit >= 0; --bit) {
     if (rows(m + (1 << bit)) <= options.capacity) m += 1 << bit;
   }

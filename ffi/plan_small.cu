@@ -9,7 +9,7 @@ constexpr int kThreads = 1024;
 constexpr int kBlockWarps = kThreads / kWarpSize;
 constexpr int kCounters = 8 * 1024;  // 32 KB, and three arrays of 4: 48 KB need no opt-in
 constexpr int kSmallExperts = 1024;
-constexpr int kRounds = 8;  // the most assignments a lane keeps in registers
+constexpr int kRounds = 8;  // the most assignments of a lane
 
 // Warps of each source rank, 0 for none: as many as run, and have counters.
 int WarpsPerRank(const PlanShape& shape) {
@@ -33,6 +33,7 @@ struct LayoutWarp {
   template <typename Value>
   __device__ int32_t Sum(Value value) const {
     int32_t sum = 0;
+#pragma unroll 1
     for (int i = 0; i < num_items(); ++i) {
       if (Expert(i) >= 0) sum += value(i);
     }
@@ -54,25 +55,26 @@ struct LayoutWarp {
   }
 };
 
-// A warp's assignments, a lane's in registers: read once, all loads under way at once.
+// A warp's assignments: the first read of them has all loads under way at once, the second finds
+// them in the cache.
 struct WarpItems {
   WarpRange range;
-  int experts[kRounds];
 
   __device__ WarpItems(const PlanParams& p, int warp, bool has_some)
       : range(p, warp / p.grid.warps, warp % p.grid.warps) {
     if (!has_some) range.end = range.begin;
-#pragma unroll
-    for (int i = 0; i < kRounds; ++i) {
-      experts[i] = Index(i) < range.end ? LoadItem<false>(p, Index(i)).expert : -1;
-    }
   }
 
   __device__ int64_t Index(int i) const {
     return range.begin + i * kWarpSize + threadIdx.x % kWarpSize;
   }
 
-  __device__ void Count(int32_t* counters) const {
+  __device__ void Count(const PlanParams& p, int32_t* counters) const {
+    int experts[kRounds];
+#pragma unroll
+    for (int i = 0; i < kRounds; ++i) {
+      experts[i] = Index(i) < range.end ? LoadItem<false>(p, Index(i)).expert : -1;
+    }
 #pragma unroll
     for (int i = 0; i < kRounds; ++i) {
       if (experts[i] >= 0) atomicAdd(&counters[experts[i]], 1);
@@ -80,12 +82,10 @@ struct WarpItems {
   }
 
   __device__ void Place(const PlanParams& p, int32_t* counters) const {
-#pragma unroll
-    for (int i = 0; i < kRounds; ++i) {
-      if (range.begin + i * kWarpSize >= range.end) break;
+#pragma unroll 1
+    for (int i = 0; range.begin + i * kWarpSize < range.end; ++i) {
       Item item;
-      item.expert = experts[i];
-      item.is_equal = experts[i] >= 0;
+      if (Index(i) < range.end) item = LoadItem<false>(p, Index(i));
       PlaceItems<false>(p, item, Index(i), range.end, counters);
     }
   }
@@ -125,7 +125,7 @@ __global__ void __launch_bounds__(kThreads)
 
   FillZero(counters, num_warps * experts);
   __syncthreads();
-  items.Count(mine);
+  items.Count(p, mine);
   __syncthreads();
   ScanWarps(p, num_warps, counters);
   __syncthreads();
