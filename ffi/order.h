@@ -61,7 +61,7 @@ struct CombinePieces {
   int64_t num_parts;
 
   static constexpr int64_t kPartBytes = 2048;
-  static constexpr int64_t kEnough = 2048;  // pieces, for the machine to be full
+  static constexpr int64_t kEnough = 8192;  // pieces, for the machine to be full
 
   CombinePieces() = default;
   JAX_MOE_EP_HOST_DEVICE CombinePieces(int64_t num_tokens, int64_t row_bytes)

@@ -11,8 +11,8 @@ namespace {
 
 constexpr int kTileVectors = 4;  // of one lane
 constexpr int kTileBytes = kTileVectors * kWarpSize * kVecBytes;
-constexpr int kBulkWarps = 8;  // of one block an SM
-constexpr int kRingTiles = 12;
+constexpr int kBulkWarps = 12;  // of one block an SM
+constexpr int kRingTiles = 8;
 static_assert(kRingTiles <= 32, "parities are bits");
 constexpr int64_t kRingBytes = int64_t{kBulkWarps} * kRingTiles * kTileBytes;  // 192 KB
 
