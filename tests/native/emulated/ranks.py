@@ -80,8 +80,7 @@ def main():
                 regions=regions.ctypes.data,
                 launch=launches[rank].ctypes.data,
                 failure=failures[rank].ctypes.data,
-                **{
-name: array.ctypes.data for name, array in now.items()},
+                **{name: array.ctypes.data for name, array in now.items()},
             )
             if late is not None and (turn + rank) % num_ranks == late:
                 time.sleep(late_s)
