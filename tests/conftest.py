@@ -9,6 +9,7 @@ any. All of them run the same tests in the same order, on meshes of all devices.
 """
 
 import os
+import pathlib
 
 import hypothesis
 import jax
@@ -44,3 +45,11 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_report_header(config: pytest.Config) -> str:
     where = f"in {jax.process_count()} processes" if COORDINATOR else "in one process"
     return f"jax {jax.__version__}, {len(jax.devices())} {jax.default_backend()} devices {where}"
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """The kernels, for the host."""
+    from emulation import make_library  # it uses JAX, which the lines above must come before
+
+    return make_library(tmp_path_factory.mktemp("kernels"))

@@ -1,5 +1,5 @@
 // One call of a group on one rank, whose kernel runs as threads of this process; for
-// emulated_ranks.py, which starts a process a rank over memory that all of them share.
+// ranks.py, which starts a process a rank over memory that all of them share.
 
 #include <cstdio>
 
@@ -53,7 +53,7 @@ void Run(int num_threads, void (*body)(void*), void* argument) {
 
 using namespace jax_moe_ep;
 
-// As emulated_ranks.py lays it out.
+// As ranks.py lays it out.
 struct Job {
   int64_t op, rank, num_ranks, is_one_process, type, has_weights, has_bulk_copy;
   int64_t num_tokens, top_k, num_groups, alignment, capacity, zero_tail, row_bytes;
