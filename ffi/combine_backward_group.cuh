@@ -58,11 +58,13 @@ __device__ void StageGradients(const GroupBackwardParams<T>& p, uint64_t epoch) 
 }
 
 // One thread: adds pulls that are done; whoever adds the last tells all ranks that its weight
-// gradients are there.
+// gradients are there. This rank is told last: once it knows, nothing is left to be told.
 template <typename T>
 __device__ void CompletePulls(const GroupBackwardParams<T>& p, uint64_t epoch, int64_t count) {
   if (!Complete(&p.group.launch->pulled, count, p.num_pulls())) return;
-  for (int rank = 0; rank < p.group.num_ranks; ++rank) {
+#pragma unroll 1
+  for (int offset = 1; offset <= p.group.num_ranks; ++offset) {
+    int rank = offset < p.group.num_ranks ? Peer(p.group, offset) : p.group.rank;
     StoreReleaseSystem(&p.group.controls[rank]->returned[p.group.rank], epoch);
   }
 }

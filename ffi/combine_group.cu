@@ -10,7 +10,9 @@ namespace {
 constexpr int kTeams = 5;  // of one block an SM: the other SMs stay free
 constexpr int kThreads = 128;
 using CombineTeam = Team<kThreads, kTeams>;
-constexpr int64_t kPiecesAhead = 1024;  // pushes to each peer before the first sum
+// Pushes to each peer before the first sum. Fewer than there are warps: more leave memory idle
+// while the link is busy.
+constexpr int64_t kPiecesAhead = 1024;
 
 __device__ bool HasRow(const int32_t* slots, int top_k) {
   bool has = false;

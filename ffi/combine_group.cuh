@@ -85,8 +85,7 @@ struct GroupCombineParams {
   }
 };
 
-// A team's claims. The next one is asked for before the work on this one, whose time hides its
-// latency.
+// A team's claims. The next one is asked for before the work on this one.
 template <typename Team>
 struct TeamItems {
   const GroupView& group;

@@ -105,7 +105,7 @@ cudaError_t LoadKernels(bool has_bulk_copy) {
   if (!has_bulk_copy) return cudaSuccess;
   return cudaFuncSetAttribute(DispatchBulkKernel<kInGroup>,
                               cudaFuncAttributeMaxDynamicSharedMemorySize,
-                              (kBulkWarps * kStages + 1) * kMaxTileBytes);
+                              (kMoveWarps * kStages + 1) * kMaxTileBytes);
 }
 
 // Threads and blocks an SM of the vector path differ in a group.
@@ -114,9 +114,9 @@ cudaError_t Launch(const LaunchLimits& limits, DispatchParams& params, cudaStrea
   if (limits.has_bulk_copy) {
     SetTiles(kMaxTileBytes, &params);
     params.num_chunks = NumStagedChunks(params, params.tile_bytes);
-    int shared_bytes = (kBulkWarps * kStages + 1) * params.tile_bytes;
+    int shared_bytes = (kMoveWarps * kStages + 1) * params.tile_bytes;
     DispatchBulkKernel<kInGroup>
-        <<<limits.num_sms, kBulkWarps * kWarpSize, shared_bytes, stream>>>(params);
+        <<<limits.num_sms, kMoveWarps * kWarpSize, shared_bytes, stream>>>(params);
   } else {
     SetTiles(kVectorsPerLane * kWarpSize * kVecBytes, &params);
     params.num_chunks = NumStagedChunks(params, kChunkBytes);

@@ -10,7 +10,7 @@ namespace {
 
 // Bulk path: each warp runs its own ring of stages in shared memory. A tile is loaded kPrefetch
 // items ahead; when it has landed, every lane stores it to its own k's row.
-constexpr int kBulkWarps = 4;
+constexpr int kMoveWarps = 4;
 constexpr int kStages = 4;
 constexpr int kPrefetch = 2;
 constexpr int kMaxTileBytes = 12 * 1024;  // 4 warps x 4 stages and a tile of zeros: 204 KB of 227
@@ -131,19 +131,19 @@ __device__ __noinline__ Ring StageByBulk(const DispatchParams& p, uint64_t epoch
   return ring;
 }
 
-// Inputs: plan, x of all ranks; writes rows. Launch: any number of blocks of kBulkWarps warps, with
-// kBulkWarps * kStages + 1 tiles of shared memory. What is written does not depend on the order of
+// Inputs: plan, x of all ranks; writes rows. Launch: any number of blocks of kMoveWarps warps, with
+// kMoveWarps * kStages + 1 tiles of shared memory. What is written does not depend on the order of
 // blocks. In a group the steps are those of protocol.cuh; this rank's x is not written before
 // all peers have read it.
 //
 // Example (T = 2, K = 2, C = 4): slots (2 0) (-1 3), group_counts (1 2), group_sizes (2 2),
 // x = a, b gives rows a 0 a b.
 template <bool kInGroup>
-__global__ void __launch_bounds__(kBulkWarps* kWarpSize, 1)
+__global__ void __launch_bounds__(kMoveWarps* kWarpSize, 1)
     DispatchBulkKernel(const __grid_constant__ DispatchParams p) {
 #if __CUDA_ARCH__ >= 900                          // older ones are never launched with it
   extern __shared__ __align__(128) char tiles[];  // zeros, then the rings
-  __shared__ uint64_t barriers[kBulkWarps][kStages];
+  __shared__ uint64_t barriers[kMoveWarps][kStages];
   __shared__ uint64_t epoch;
   int warp = threadIdx.x / kWarpSize;
   char* stages = tiles + (int64_t{1} + int64_t{warp} * kStages) * p.tile_bytes;
@@ -158,7 +158,7 @@ __global__ void __launch_bounds__(kBulkWarps* kWarpSize, 1)
   }
   // Neighbouring items go to different SMs.
   int64_t worker = int64_t{warp} * gridDim.x + blockIdx.x;
-  int64_t num_workers = int64_t{gridDim.x} * kBulkWarps;
+  int64_t num_workers = int64_t{gridDim.x} * kMoveWarps;
   WarpItems<kInGroup> items(p, worker, num_workers);
   if (kInGroup && threadIdx.x == 0) epoch = Begin(p.group, p.num_chunks > 0, p.x);
   ptx::FenceProxyAsyncShared();

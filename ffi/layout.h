@@ -59,8 +59,8 @@ struct Control {
   // Any rank's.
   uint32_t abort;  // 1 + the rank that gave up first; sticky
 
-  CallRecord records[2][kMaxRanks];           // by parity
-  uint64_t ready[kMaxRanks];                  // p's data and record of this epoch can be read
+  CallRecord records[2][kMaxRanks];  // by parity
+  uint64_t ready[kMaxRanks];  // p's data and record of this epoch can be read; own: peers were told
   uint64_t consumed[kMaxRanks];               // p reads nothing of this epoch and before any more
   uint64_t returned[kMaxRanks];               // p's weight gradients of this epoch are here
   uint64_t landed[2][kMaxRanks][kMaxPieces];  // by parity: p's partials of a piece are here

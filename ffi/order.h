@@ -62,6 +62,7 @@ struct CombinePieces {
 
   static constexpr int64_t kPartBytes = 2048;
   static constexpr int64_t kEnough = 8192;  // pieces, for the machine to be full
+  static_assert(2 * kEnough <= kMaxPieces, "parts of fewer than kEnough tokens all have flags");
 
   CombinePieces() = default;
   JAX_MOE_EP_HOST_DEVICE CombinePieces(int64_t num_tokens, int64_t row_bytes)

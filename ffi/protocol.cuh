@@ -6,8 +6,7 @@
 //   Stage      blocks copy chunks to where peers read them; who copies the last one tells the peers
 //   items      blocks claim them from a counter; one that needs a peer's data waits for it
 //   Finish     whoever does the last item tells the peers that this rank reads nothing of e any
-//   more,
-//              and lets the next call begin
+//              more, and lets the next call begin
 //   End        every block; the last one to leave poisons the results if a rank gave up
 //
 // No block owns work that others wait for: whatever runs claims all of it, so a kernel moves on
@@ -48,6 +47,7 @@ static __device__ __noinline__ void Publish(const GroupView& group,
     record->address = static_cast<const char*>(address);
     StoreReleaseSystem(&peer->ready[group.rank], epoch);
   }
+  StoreReleaseSystem(&OwnControl(group)->ready[group.rank], epoch);  // for Finish
 }
 
 // A rank gave up: this rank's host will know, also where no wait of this one met it.
@@ -130,7 +130,7 @@ __device__ inline int64_t ClaimByWarp(const GroupView& group, uint64_t* counter)
 }
 
 // A warp's claims of items, in increasing order. The next one is asked for before the work on this
-// one, whose time hides its latency.
+// one.
 struct WarpClaims {
   const GroupView& group;
   int64_t next = 0;  // of lane 0
@@ -263,6 +263,9 @@ __device__ inline void TellConsumed(const GroupView& group, uint64_t epoch) {
 // ends.
 __device__ inline void Finish(const GroupView& group, uint64_t epoch, bool must_wait) {
   Control* own = OwnControl(group);
+  // Another warp may still publish, where no peer's data was needed: the next call must not
+  // overtake it, or the peers' flags would fall.
+  if (!WaitForFlag(group, &own->ready[group.rank], epoch, Phase::kFinish, group.rank)) return;
 #pragma unroll 1
   for (int offset = 1; must_wait && offset < group.num_ranks; ++offset) {
     int peer = Peer(group, offset);

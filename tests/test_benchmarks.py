@@ -10,12 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import typer
 from jax import lax
 from jax.sharding import Mesh
 from matplotlib import image
 
 from benchmarks import ep as benchmark
 from benchmarks import group, limits, report, shapes, stock, timing
+from benchmarks import point as point_benchmark
 from benchmarks import step as step_benchmark
 from benchmarks.shapes import GroupShape, Shape
 
@@ -592,3 +594,19 @@ def test_a_step_calls_each_op_in_the_loops(monkeypatch):
     assert entry.count(" while(") == 2
     assert " all-to-all(" not in entry
     assert text.count(" all-to-all(") == 4
+
+
+# One point.
+
+
+@pytest.mark.parametrize("loop", [False, True])
+def test_one_point(capsys, loop):
+    point_benchmark.main(["combine", "plan"], loop=loop, ranks=2, wall=True)
+    shown = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [(op, unit) for op, _, unit in shown] == [("combine", "us"), ("plan", "us")]
+    assert all(float(us) > 0 for _, us, _ in shown)
+
+
+def test_one_point_of_an_unknown_op():
+    with pytest.raises(typer.BadParameter, match=r"is none of .*'combine'"):
+        point_benchmark.main(["combin"], ranks=2, wall=True)
