@@ -1,7 +1,7 @@
 # make demo       train a small Mixture-of-Experts language model on 8 virtual CPU devices
 # make test       run the tests
-# make test-gpu   run them on all GPUs of this machine, by every path of the kernels, in one process
-#                 and in one per GPU, with failures and a stress run
+# make -j4 test-gpu   run them on all GPUs of this machine, by every path of the kernels, in one
+#                 process and in one per GPU, with failures and a stress run
 # make lint       check formatting, style and types; make format applies what can be applied
 # make wheel      build a wheel in dist/
 #
@@ -23,7 +23,6 @@ NUM_GPUS = $(shell nvidia-smi -L | wc -l)
 PER_GPU = $(BIN)/python tests/launch.py --num-processes $(NUM_GPUS) --timeout 1800 --
 # The tests that run in any number of processes, once for every implementation.
 SEMANTIC_TESTS := $(patsubst %,tests/test_%.py,plan dispatch combine drops gradients properties)
-KERNEL_TESTS := $(SEMANTIC_TESTS) tests/test_one_rank.py tests/test_group.py
 
 .PHONY: demo test test-gpu lint format wheel clean
 
@@ -33,16 +32,40 @@ demo: .venv/installed
 test: .venv/installed
 	$(BIN)/python -m pytest
 
-# Tests start processes of their own, which need memory too.
-test-gpu: export JAX_MOE_EP_REQUIRE_GPUS = $(NUM_GPUS)
-test-gpu: export XLA_PYTHON_CLIENT_PREALLOCATE = false
-test-gpu: .venv/installed
+# First what can share the GPUs, so at once with make -j4 test-gpu; then what is about time and
+# memory, one after the other. Tests start processes of their own, which need memory too.
+GPU_PARTS := gpu-suite gpu-vector gpu-staged gpu-processes
+GPU_ALONE := tests/test_group.py tests/test_group_failures.py
+PYTEST := $(BIN)/python -m pytest
+
+test-gpu $(GPU_PARTS) gpu-alone: export JAX_MOE_EP_REQUIRE_GPUS = $(NUM_GPUS)
+test-gpu $(GPU_PARTS) gpu-alone: export XLA_PYTHON_CLIENT_PREALLOCATE = false
+test-gpu: gpu-alone
+gpu-alone: | $(GPU_PARTS)
+$(GPU_PARTS): | gpus
+
+.PHONY: gpus gpu-alone $(GPU_PARTS)
+gpus: .venv/installed
 	@test $(NUM_GPUS) -gt 0 || { echo "make test-gpu: nvidia-smi finds no GPU" >&2; exit 1; }
-	$(BIN)/python -m pytest
-	JAX_MOE_EP_FORCE_VECTOR=1 JAX_MOE_EP_FORCE_LARGE=1 $(BIN)/python -m pytest $(KERNEL_TESTS) -k "cuda or group"
-	JAX_MOE_EP_FORCE_STAGED=1 $(BIN)/python -m pytest $(KERNEL_TESTS) -k "cuda or group"
+
+gpu-suite:
+	$(PYTEST) $(GPU_ALONE:%=--ignore=%)
+
+gpu-vector:
+	JAX_MOE_EP_FORCE_VECTOR=1 JAX_MOE_EP_FORCE_LARGE=1 $(PYTEST) $(SEMANTIC_TESTS) tests/test_one_rank.py -k cuda
+
+gpu-staged:
+	JAX_MOE_EP_FORCE_STAGED=1 $(PYTEST) $(SEMANTIC_TESTS) -k cuda
+
+gpu-processes:
 	$(PER_GPU) -m pytest $(SEMANTIC_TESTS) -k cuda
-	$(PER_GPU) -m pytest tests/test_group.py tests/test_sequence_parallel.py tests/test_map_plans.py
+	$(PER_GPU) -m pytest tests/test_sequence_parallel.py tests/test_map_plans.py
+
+gpu-alone:
+	$(PYTEST) $(GPU_ALONE)
+	JAX_MOE_EP_FORCE_VECTOR=1 JAX_MOE_EP_FORCE_LARGE=1 $(PYTEST) tests/test_group.py
+	JAX_MOE_EP_FORCE_STAGED=1 $(PYTEST) tests/test_group.py
+	$(PER_GPU) -m pytest tests/test_group.py
 	$(BIN)/python tests/stress.py
 	$(PER_GPU) tests/stress.py
 
