@@ -609,4 +609,4 @@ def test_one_point(capsys, loop):
 
 def test_one_point_of_an_unknown_op():
     with pytest.raises(typer.BadParameter, match=r"is none of .*'combine'"):
-        point_benchmark.main(["combin"], ranks=2, wall=True)
+        point_benchmark.main(["sum"], ranks=2, wall=True)
