@@ -98,13 +98,11 @@ class CombineFeeder {
 
   // Takes the next claim, and loads what its first token needs.
   __device__ void Prepare() {
-    for (;;) {
-      int64_t position = claims_.Next();
-      next_.offset = -1;
-      if (position >= p_.order.size()) return;
-      ++num_claimed_;
-      if (p_.order.Find(position, &next_)) break;
-    }
+    int64_t position = claims_.Next();
+    next_.offset = -1;
+    if (position >= p_.order.size()) return;
+    ++num_claimed_;
+    next_ = p_.order.Find(position);
     int source = Peer(p_.group, next_.offset);
     if (next_.offset > 0 && !ready_.Wait(p_.group, epoch_, source)) {
       next_.offset = -1;

@@ -151,8 +151,7 @@ __global__ void __launch_bounds__(kTeams* kThreads, 1)
     TeamReady<CombineTeam> ready;
     int64_t count = 0;
     for (int64_t position; (position = items.Next()) < p.order.size(); ++count) {
-      CombineItem item;
-      if (!p.order.Find(position, &item)) continue;
+      CombineItem item = p.order.Find(position);
       bool is_done =
           item.offset == 0 ? Sum(p, team, epoch, item.piece) : Push(p, team, ready, epoch, item);
       if (!is_done) break;
@@ -200,9 +199,8 @@ cudaError_t LaunchGroupCombine(const GroupView& group,
     params.hidden = arrays.row_bytes / static_cast<int64_t>(sizeof(T));
     params.pieces = CombinePieces(plan.num_tokens, arrays.row_bytes);
     bool is_bulk = limits.has_bulk_copy && plan.top_k <= kMaxBulkTopK;
-    int64_t num_peers = group.num_ranks - 1;
     int64_t ahead = std::min(params.pieces.size(), kPiecesAhead);
-    params.order = {group.num_ranks, params.pieces.size(), ahead * num_peers};
+    params.order = {group.num_ranks, params.pieces.size(), ahead};
     if (is_bulk) {
       GroupCombineBulkKernel<T>
           <<<limits.num_sms, kBulkWarps * kWarpSize, kRingBytes, stream>>>(params);

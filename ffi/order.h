@@ -98,29 +98,29 @@ struct CombineItem {
   int64_t piece;
 };
 
-// combine: `ahead` pushes, then sum 0, a push for each peer, sum 1, ...: sums find what they wait
-// for there, and both directions of the link and the memory work at once.
+// combine: pushes of `ahead` pieces to each peer; then sum 0, a push to each peer, sum 1, ...; in
+// the end sums alone. Sums find what they wait for there, and both directions of the link and the
+// memory work at once.
 struct CombineOrder {
   int num_ranks;
   int64_t num_pieces;
-  int64_t ahead;  // a multiple of the number of peers
+  int64_t ahead;  // pieces, at most num_pieces
 
-  JAX_MOE_EP_HOST_DEVICE int64_t size() const { return ahead + num_pieces * num_ranks; }
+  JAX_MOE_EP_HOST_DEVICE int64_t size() const { return num_pieces * num_ranks; }
 
-  // False for a push of a piece that is none: pushes have run out.
-  JAX_MOE_EP_HOST_DEVICE bool Find(int64_t position, CombineItem* item) const {
-    int64_t num_peers = num_ranks - 1, push = position;
-    if (position >= ahead) {
-      auto [turn, place] = Divide(position - ahead, num_ranks);
-      if (place == 0) {
-        *item = {0, turn};
-        return true;
-      }
-      push = ahead + turn * num_peers + place - 1;
+  JAX_MOE_EP_HOST_DEVICE CombineItem Find(int64_t position) const {
+    int num_peers = num_ranks - 1;
+    if (position < ahead * num_peers) {
+      auto [piece, peer] = Divide(position, num_peers);
+      return {1 + static_cast<int>(peer), piece};
     }
-    auto [piece, peer] = Divide(push, num_peers);
-    *item = {static_cast<int>(1 + peer), piece};
-    return item->piece < num_pieces;
+    position -= ahead * num_peers;
+    int64_t num_turns = num_pieces - ahead;  // of a sum and a push to each peer
+    if (position < num_turns * num_ranks) {
+      auto [turn, offset] = Divide(position, num_ranks);
+      return {static_cast<int>(offset), turn + (offset == 0 ? 0 : ahead)};
+    }
+    return {0, num_turns + position - num_turns * num_ranks};
   }
 };
 

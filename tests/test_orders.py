@@ -18,12 +18,12 @@ def order(tmp_path_factory):
     program = build(tmp_path_factory.mktemp("orders"), NATIVE / "orders.cc")
 
     def run(*args):
-        """A pair for every position, None where there is nothing."""
+        """A pair for every position."""
         done = subprocess.run(
             [program, *map(str, args)], capture_output=True, text=True, check=True, timeout=20
         )
         lines = done.stdout.splitlines()
-        return [None if line == "-" else tuple(map(int, line.split())) for line in lines]
+        return [tuple(map(int, line.split())) for line in lines]
 
     return run
 
@@ -45,62 +45,63 @@ def test_every_token_is_pulled_once(order, num_ranks, num_tokens, lead):
             assert [t for s, t in taken if s == source] == list(range(num_tokens))
 
 
-AHEAD = [(1, 1), (2, 1), (9, 1), (9, 4), (9, 9), (40, 7)]  # runs, and how many of them are ahead
+AHEAD = [(1, 1), (2, 1), (9, 1), (9, 4), (9, 9), (40, 7)]  # pieces, and how many of them are ahead
 
 
 @pytest.mark.parametrize("num_ranks", [2, 3, 4, 8, 16])
-@pytest.mark.parametrize(("num_runs", "runs_ahead"), AHEAD)
-def test_every_run_is_pushed_to_each_peer_and_summed_once(order, num_ranks, num_runs, runs_ahead):
-    """In order; and before sum u come the pushes of run u to every peer, so that ranks in step find
-    what they wait for there."""
-    num_peers = num_ranks - 1
-    items = [item for item in order("combine", num_ranks, num_runs, runs_ahead * num_peers) if item]
-    sums = [run for offset, run in items if offset == 0]
-    assert sums == list(range(num_runs))
-    pushes = [(run, offset) for offset, run in items if offset]
-    assert pushes == [(run, offset) for run in range(num_runs) for offset in range(1, num_ranks)]
-    for u in range(num_runs):
+@pytest.mark.parametrize(("num_pieces", "ahead"), AHEAD)
+def test_every_piece_is_pushed_to_each_peer_and_summed_once(order, num_ranks, num_pieces, ahead):
+    """In order; and before sum u come the pushes of piece u to every peer, so that ranks in step
+    find what they wait for there."""
+    items = order("combine", num_ranks, num_pieces, ahead)
+    sums = [piece for offset, piece in items if offset == 0]
+    assert sums == list(range(num_pieces))
+    pushes = [(piece, offset) for offset, piece in items if offset]
+    assert pushes == [(piece, offset) for piece in sums for offset in range(1, num_ranks)]
+    assert [offset for offset, _ in items].index(0) == ahead * (num_ranks - 1)
+    for u in range(num_pieces):
         before = items[: items.index((0, u))]
         assert all((offset, u) in before for offset in range(1, num_ranks))
 
 
 class Rank:
-    """Teams that claim items in order, each holding its next claim while it works, as the kernel's
-    do. A push is done at once; a sum waits for all peers' pushes of its run."""
+    """Workers that claim items in order, each holding its next claims while it works, as the
+    kernels' do. A push is done at once; a sum waits for all peers' pushes of its piece."""
 
-    def __init__(self, items, num_teams):
-        self.items, self.next = items, num_teams
-        self.held = list(range(num_teams))  # what each team works on
-        self.then = [None] * num_teams  # what it has claimed beside
+    def __init__(self, items, num_workers, num_held):
+        self.items, self.next, self.num_held = items, num_workers, num_held
+        self.held = [[i] for i in range(num_workers)]  # what each works on, then what it has beside
         self.pushed = set()
 
-    def begin(self, team):
-        if self.then[team] is None:
-            self.then[team], self.next = self.next, self.next + 1
+    def begin(self, worker):
+        while len(self.held[worker]) <= self.num_held:
+            self.held[worker].append(self.next)
+            self.next += 1
 
-    def end(self, team):
-        self.held[team], self.then[team] = self.then[team], None
+    def end(self, worker):
+        del self.held[worker][0]
+        self.begin(worker)
 
     def is_idle(self):
-        return all(position >= len(self.items) for position in self.held)
+        return all(held[0] >= len(self.items) for held in self.held)
 
 
-def simulate(order, num_ranks, num_runs, ahead, num_teams, seed):
+def simulate(order, num_ranks, num_pieces, ahead, num_workers, num_held, seed):
     """Runs ranks in a random order of events to the end; False when none can go on."""
     rng = np.random.default_rng(seed)
-    items = order("combine", num_ranks, num_runs, ahead)
-    ranks = [Rank(items, num_teams) for _ in range(num_ranks)]
+    items = order("combine", num_ranks, num_pieces, ahead)
+    ranks = [Rank(items, num_workers, num_held) for _ in range(num_ranks)]
     speeds = rng.random(num_ranks) ** 3 + 0.01
     while not all(rank.is_idle() for rank in ranks):
         able = []
         for r, rank in enumerate(ranks):
-            for team in range(num_teams):
-                position = rank.held[team]
+            for worker in range(num_workers):
+                position = rank.held[worker][0]
                 if position >= len(items):
                     continue
-                rank.begin(team)
+                rank.begin(worker)
                 item = items[position]
-                if item and item[0] == 0:
+                if item[0] == 0:
                     offsets = range(1, num_ranks)
                     landed = all(
                         ((r - o) % num_ranks, o, item[1]) in ranks[(r - o) % num_ranks].pushed
@@ -108,32 +109,34 @@ def simulate(order, num_ranks, num_runs, ahead, num_teams, seed):
                     )
                     if not landed:
                         continue
-                able.append((r, team))
+                able.append((r, worker))
         if not able:
             return False
         weights = np.array([speeds[r] for r, _ in able])
-        r, team = able[rng.choice(len(able), p=weights / weights.sum())]
-        item = items[ranks[r].held[team]]
-        if item and item[0]:
+        r, worker = able[rng.choice(len(able), p=weights / weights.sum())]
+        item = items[ranks[r].held[worker][0]]
+        if item[0]:
             ranks[r].pushed.add((r, *item))
-        ranks[r].end(team)
+        ranks[r].end(worker)
     return True
 
 
 @pytest.mark.parametrize("num_ranks", [2, 4])
-@pytest.mark.parametrize("num_teams", [1, 2, 5])
-@pytest.mark.parametrize(("num_runs", "runs_ahead"), [(1, 1), (6, 2), (12, 4)])
-def test_no_order_of_events_stops_the_ranks(order, num_ranks, num_teams, num_runs, runs_ahead):
-    """Also with one team a rank: a push that is held behind a stuck sum belongs to a later run."""
+@pytest.mark.parametrize("num_held", [1, 2])  # by a team, by a warp with a ring of tiles
+@pytest.mark.parametrize("num_workers", [1, 2, 5])
+@pytest.mark.parametrize(("num_pieces", "ahead"), [(1, 1), (6, 2), (12, 4)])
+def test_no_order_of_events_stops_the_ranks(
+    order, num_ranks, num_held, num_workers, num_pieces, ahead
+):
+    """Also with one worker a rank: a push that is held behind a stuck sum is of a later piece."""
     for seed in range(6):
-        ahead = runs_ahead * (num_ranks - 1)
-        assert simulate(order, num_ranks, num_runs, ahead, num_teams, seed)
+        assert simulate(order, num_ranks, num_pieces, ahead, num_workers, num_held, seed)
 
 
 def test_the_simulation_finds_a_deadlock(order):
     """Sums before the pushes they wait for on other ranks: nobody can go on."""
 
     def sums_first(*args):
-        return sorted(order(*args), key=lambda item: item is None or item[0] != 0)
+        return sorted(order(*args), key=lambda item: item[0] != 0)
 
-    assert not simulate(sums_first, 2, 3, 1, 1, 0)
+    assert not simulate(sums_first, 2, 3, 1, 1, 1, 0)

@@ -1,7 +1,7 @@
 // Prints in which order a rank takes its work, for test_orders.py:
 //
-//   orders pulls NUM_RANKS RANK NUM_TOKENS LEAD     source and token of every position, or -
-//   orders combine NUM_RANKS NUM_RUNS AHEAD         offset and run of every position, or -
+//   orders pulls NUM_RANKS RANK NUM_TOKENS LEAD     source and token of every position
+//   orders combine NUM_RANKS NUM_PIECES AHEAD       offset and piece of every position
 
 #include <cstdio>
 #include <cstdlib>
@@ -13,12 +13,8 @@ using namespace jax_moe_ep;
 
 namespace {
 
-void Print(bool is_there, int64_t a, int64_t b) {
-  if (is_there) {
-    printf("%lld %lld\n", static_cast<long long>(a), static_cast<long long>(b));
-  } else {
-    printf("-\n");
-  }
+void Print(int64_t a, int64_t b) {
+  printf("%lld %lld\n", static_cast<long long>(a), static_cast<long long>(b));
 }
 
 }  // namespace
@@ -32,14 +28,13 @@ int main(int, char** argv) {
     for (int64_t position = 0; position < order.size(num_ranks); ++position) {
       int64_t token = 0;
       order.Find(rank, num_ranks, position, &source, &token);
-      Print(true, source, token);
+      Print(source, token);
     }
   } else {
     CombineOrder order{num_ranks, number(3), number(4)};
     for (int64_t position = 0; position < order.size(); ++position) {
-      CombineItem item{};
-      bool is_there = order.Find(position, &item);
-      Print(is_there, item.offset, item.piece);
+      CombineItem item = order.Find(position);
+      Print(item.offset, item.piece);
     }
   }
   return 0;
