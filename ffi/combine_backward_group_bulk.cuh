@@ -255,7 +255,7 @@ __global__ void __launch_bounds__(kBulkWarps* kWarpSize, 1)
     char* dy = reinterpret_cast<char*>(p.dy);
     bool goes_on = true;
     for (;;) {
-      if (goes_on) goes_on = feeder.Feed();
+      if (goes_on && ring.IsHalfEmpty()) goes_on = feeder.Feed();
       if (ring.IsEmpty()) break;
       BackwardNote note;
       const uint4* tile = ring.Front(&note);

@@ -35,25 +35,27 @@ struct CombineToken {
   uint32_t ranks;  // a bit a rank: whose partials make the result; once the token is next
 };
 
-// The tiles that make the result of some columns of a token, in the order of ranks and, on this
-// rank, of k. Lane k puts its row, lane r rank r's partial.
+// The tiles that make the result of some columns of a token: first this rank's rows, in the order
+// of k, which need nobody; then the peers' partials, in the order of ranks. Lane k puts its row,
+// lane r rank r's partial.
 struct CombineBatch {
-  int size;           // at least 1: a token without rows is a note alone
-  int row, last_row;  // the place of this lane's row, -1 for none; of the last row
-  int partial;        // likewise of its partial
+  int size;      // at least 1: a token without rows is a note alone
+  int num_rows;  // the first of them
+  int row;       // the place of this lane's row, -1 for none
+  int partial;   // likewise of its partial
+  int keep;      // the place after which this rank's partial takes its turn in the sum
 
   CombineBatch() = default;
   __device__ CombineBatch(const CombineToken& token, int me) {
     int lane = threadIdx.x % kWarpSize;
     uint32_t lanes_below = (1u << lane) - 1, own = 1u << me;
     uint32_t rows = __ballot_sync(kAllLanes, token.slot >= 0);
-    int before = __popc(token.ranks & (own - 1)), num_rows = __popc(rows);
+    num_rows = __popc(rows);
     size = max(num_rows + __popc(token.ranks & ~own), 1);
-    row = token.slot >= 0 ? before + __popc(rows & lanes_below) : -1;
-    last_row = before + num_rows - 1;
+    row = token.slot >= 0 ? __popc(rows & lanes_below) : -1;
     bool has_partial = lane != me && (token.ranks >> lane & 1);
-    partial = __popc(token.ranks & ~own & lanes_below) + (lane > me ? num_rows : 0);
-    if (!has_partial) partial = -1;
+    partial = has_partial ? num_rows + __popc(token.ranks & ~own & lanes_below) : -1;
+    keep = num_rows > 0 ? num_rows - 1 + __popc(token.ranks & (own - 1)) : -1;
   }
 };
 
@@ -72,14 +74,10 @@ class CombineFeeder {
   // next. For these it waits only when the ring is empty: what it claimed before is done then.
   // False when a rank gave up.
   __device__ bool Feed() {
-    while (!IsDone()) {
+    while (is_fine_ && !IsDone()) {
       if (token_ == piece_.end_token) {
         if (!EndPiece()) break;
       } else if (!has_begun_) {
-        if (!HasLanded()) {
-          if (!ring_.IsEmpty()) break;
-          if (!WaitForPartials()) return false;
-        }
         BeginToken();
       } else if (!PutTiles()) {
         break;
@@ -160,33 +158,32 @@ class CombineFeeder {
     MakeRanks();
   }
 
-  // Whether this lane is to look at the flag of a peer whose partial of the token counts.
-  __device__ bool IsWaiting() const {
-    return !IsPush() && lane() != me() && (now_.ranks >> lane() & 1);
-  }
-  __device__ const uint64_t* Flag() const {
-    return p_.LandedFlag(me(), lane(), item_.piece, epoch_);
+  // Whether bulk copies may read the peers' partials of the token. Waits for them when all else is
+  // done.
+  __device__ bool HasLanded() {
+    if (has_landed_) return true;
+    bool counts = lane() != me() && (now_.ranks >> lane() & 1);
+    const uint64_t* flag = p_.LandedFlag(me(), lane(), item_.piece, epoch_);
+    bool is_missing = counts && LoadAcquireSystem(flag) < epoch_;
+    if (__any_sync(kAllLanes, is_missing)) {
+      if (!ring_.IsEmpty() || num_put_ < batch_.num_rows) return false;
+      is_missing = counts && !WaitForFlag(p_.group, flag, epoch_, Phase::kLanded, lane());
+      is_fine_ = !__any_sync(kAllLanes, is_missing);
+      if (!is_fine_) return false;
+    }
+    __syncwarp();  // some lanes have acquired for those that load
+    ptx::FenceProxyAsync();
+    has_landed_ = true;
+    return true;
   }
 
-  __device__ bool HasLanded() const {
-    bool is_missing = IsWaiting() && LoadAcquireSystem(Flag()) < epoch_;
-    return !__any_sync(kAllLanes, is_missing);
-  }
-
-  __device__ bool WaitForPartials() {
-    bool is_missing = IsWaiting() && !WaitForFlag(p_.group, Flag(), epoch_, Phase::kLanded, lane());
-    return !__any_sync(kAllLanes, is_missing);
-  }
-
-  // All that it needs has landed: bulk copies may read it.
   __device__ void BeginToken() {
     if (IsPush() && now_.ranks == 0) {  // owners say so: nobody waits
       NextToken();
       return;
     }
-    __syncwarp();  // some lanes have acquired for those that load
-    if (!IsPush()) ptx::FenceProxyAsync();
     has_begun_ = true;
+    has_landed_ = false;
     batch_ = CombineBatch(now_, me());
     num_put_ = 0;
     column_ = piece_.first_byte;
@@ -199,23 +196,30 @@ class CombineFeeder {
     out_ = reinterpret_cast<char*>(out) + start;
   }
 
-  // Tiles of some columns, those that are left. False when the ring is full.
-  __device__ bool PutTiles() {
+  // How many tiles of some columns to put now.
+  __device__ int Room() {
     int count = ring_.Room(batch_.size - num_put_);
+    bool has_partials = batch_.size > batch_.num_rows && now_.ranks != 0;
+    if (count == 0 || !has_partials || num_put_ + count <= batch_.num_rows) return count;
+    return HasLanded() ? count : max(batch_.num_rows - num_put_, 0);
+  }
+
+  // Tiles of some columns, those that are left. False when none can be put.
+  __device__ bool PutTiles() {
+    int count = Room();
     if (count == 0) return false;
     int bytes = static_cast<int>(min(int64_t{kTileBytes}, piece_.end_byte - column_));
     auto put = [&](int place, const char* from, uint32_t what) {
       if (place < num_put_ || place >= num_put_ + count) return;
       CombineNote note{what, now_.weight, bytes, nullptr, nullptr};
+      if (place == batch_.keep) note.what |= IsPush() ? CombineNote::kSent : CombineNote::kKept;
       if (place == batch_.size - 1) {
         note.out = out_ + column_;
         if (!IsPush()) note.what |= CombineNote::kLastTile;
       }
       ring_.Put(place - num_put_, from, from == nullptr ? 0 : bytes, note);
     };
-    uint32_t then = IsPush() ? CombineNote::kSent : CombineNote::kKept;
-    bool is_last = batch_.row == batch_.last_row;
-    put(batch_.row, row_ + column_, CombineNote::kRow | (is_last ? then : 0));
+    put(batch_.row, row_ + column_, CombineNote::kRow);
     if (!IsPush()) {
       bool has_none = now_.ranks == 0;  // a note alone, of lane 0
       put(has_none ? lane() : batch_.partial,
@@ -248,8 +252,9 @@ class CombineFeeder {
   Piece piece_{};
   int64_t token_ = 0;
   CombineToken now_{};
-  bool has_begun_ = false;  // the token
-  bool has_put_ = false;    // tiles of the piece, whose flag is due
+  bool has_begun_ = false;   // the token
+  bool has_landed_ = false;  // its partials
+  bool has_put_ = false;     // tiles of the piece, whose flag is due
   CombineBatch batch_{};
   int num_put_ = 0;                // of the batch
   int64_t column_ = 0;             // in bytes

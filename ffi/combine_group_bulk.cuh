@@ -80,7 +80,7 @@ __device__ int64_t CombineByWarp(const GroupCombineParams<T>& p,
   TileSums<T> sums;
   *goes_on = true;
   for (;;) {
-    if (*goes_on) *goes_on = feeder.Feed();
+    if (*goes_on && ring.IsHalfEmpty()) *goes_on = feeder.Feed();
     if (ring.IsEmpty()) break;
     CombineNote note;
     const uint4* tile = ring.Front(&note);

@@ -38,6 +38,7 @@ struct TileRing {
   }
 
   __device__ bool IsEmpty() const { return size == 0; }
+  __device__ bool IsHalfEmpty() const { return size <= kRingTiles / 2; }
 
   // How many tiles of a batch to put now: 0 until there is room for enough of them at once.
   __device__ int Room(int batch) const {

@@ -40,7 +40,7 @@ def as_call(launch):
 ON_HOST = {
     "#if __CUDA_ARCH__ >= 900": "#if 1",
     "extern __shared__ __align__(128) char tiles[]": "static char tiles[1 << 18]",
-    "kMaxPieces = 16 * 1024": "kMaxPieces = 8",
+    "kMaxPieces = 16 * 1024": "kMaxPieces = 16",
     "kEnough = 8192": "kEnough = 8",
 }
 
