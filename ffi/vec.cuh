@@ -12,14 +12,15 @@ namespace jax_moe_ep {
 
 inline constexpr int kVecBytes = 16;
 
-// How one value lies in a 32-bit word, and what rounding to the type does.
+// How values lie in a 32-bit word, one or two, and how as many are rounded to the type: two by one
+// instruction.
 template <typename T>
 struct Element;
 
 template <>
 struct Element<float> {
   static __device__ float Get(uint32_t word, int) { return __uint_as_float(word); }
-  static __device__ uint32_t Bits(float value) { return __float_as_uint(value); }
+  static __device__ uint32_t Word(const float* values) { return __float_as_uint(*values); }
 };
 
 template <>
@@ -27,7 +28,10 @@ struct Element<__half> {
   static __device__ float Get(uint32_t word, int half) {
     return __half2float(__ushort_as_half(static_cast<uint16_t>(word >> 16 * half)));
   }
-  static __device__ uint32_t Bits(float value) { return __half_as_ushort(__float2half_rn(value)); }
+  static __device__ uint32_t Word(const float* values) {
+    __half2 pair = __floats2half2_rn(values[0], values[1]);
+    return __half_as_ushort(__low2half(pair)) | __half_as_ushort(__high2half(pair)) << 16;
+  }
 };
 
 template <>
@@ -35,15 +39,18 @@ struct Element<__nv_bfloat16> {
   static __device__ float Get(uint32_t word, int half) {
     return __uint_as_float(half ? word & 0xffff0000u : word << 16);
   }
-  static __device__ uint32_t Bits(float value) {
-    return __bfloat16_as_ushort(__float2bfloat16_rn(value));
+  static __device__ uint32_t Word(const float* values) {
+    __nv_bfloat162 pair = __floats2bfloat162_rn(values[0], values[1]);
+    return __bfloat16_as_ushort(__low2bfloat16(pair)) | __bfloat16_as_ushort(__high2bfloat16(pair))
+                                                            << 16;
   }
 };
 
 // The value rounded to T and back.
 template <typename T>
 __device__ float Rounded(float value) {
-  return Element<T>::Get(Element<T>::Bits(value), 0);
+  const float values[] = {value, 0.0f};
+  return Element<T>::Get(Element<T>::Word(values), 0);
 }
 
 // 16 bytes of a row. It stays in registers when indices are known when compiled.
@@ -56,11 +63,9 @@ struct Vec {
   __device__ float Get(int i) const { return Element<T>::Get(words[i / kPerWord], i % kPerWord); }
 
   static __device__ Vec Round(const float (&values)[kSize]) {
-    Vec vec = {};
+    Vec vec;
 #pragma unroll
-    for (int i = 0; i < kSize; ++i) {
-      vec.words[i / kPerWord] |= Element<T>::Bits(values[i]) << 16 * (i % kPerWord);
-    }
+    for (int i = 0; i < 4; ++i) vec.words[i] = Element<T>::Word(values + i * kPerWord);
     return vec;
   }
 
