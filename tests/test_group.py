@@ -188,6 +188,10 @@ def test_few_sms(num_sms):
     check_layer(BASE, num_sms=num_sms)
 
 
+def test_more_experts_a_token_than_lanes():
+    check_layer(Case(T=9, K=40, E=64, R=R, A=2, H=64))
+
+
 @pytest.mark.parametrize("hidden", [4, 64 * 1024], ids=["16B", "256KB"])
 def test_row_lengths(hidden):
     check_layer(dataclasses.replace(BASE, T=8, H=hidden))
