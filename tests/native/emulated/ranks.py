@@ -11,6 +11,7 @@ import ctypes
 import json
 import mmap
 import os
+import signal
 import sys
 import time
 
@@ -28,6 +29,7 @@ POINTERS = (
 )
 
 
+PR_SET_PDEATHSIG = 1
 RESULTS = ("out", "dweights")
 CHANGING = ("x", "dout", "weights", *RESULTS)
 READ_BY_PEERS = {"x", "dout"}
@@ -71,6 +73,7 @@ def main():
     regions[...] = 0xFF  # NaN: what an earlier call may have left
 
     def work(rank):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # a hang ends with the test
         mine = {name: array[rank] for name, array in arrays.items()}
         for turn in range(repeats):
             now = {name: mine[name][turn] if name in CHANGING else mine[name] for name in mine}
