@@ -21,9 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any
 
 import jax
-import numpy as np
 import typer
-from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import track
 
@@ -36,6 +34,7 @@ from benchmarks.group import (
     Step,
     XlaOptions,
     largest,
+    make_bench,
     make_inputs,
     one_by_one,
     ops,
@@ -43,7 +42,7 @@ from benchmarks.group import (
 from benchmarks.limits import copy_rate, describe_limits, limits
 from benchmarks.report import LOOP, Row, label, make_row, plot, show
 from benchmarks.shapes import GroupShape, group_sweep, quick_points
-from benchmarks.timing import RESULTS, save, wall_times_us
+from benchmarks.timing import RESULTS, save
 
 TOLERANCE = 2.0**-6  # of stock sums in bf16, relative to the largest
 ROW_OPS = ("dispatch", "combine_backward", "round_trip")  # those that write rows, and so a tail
@@ -176,15 +175,13 @@ def main(
     ] = None,
 ) -> None:
     join_processes()
-    mesh = Mesh(np.array(jax.devices()[:ranks]), (stock.AXIS,))
-    dry = {"implementation": "reference", "times": wall_times_us, "most_calls": 2}
-    bench = Bench(mesh, peer_gbps=peer_gbps, **(dry if wall else {}))
+    bench = make_bench(ranks, wall, peer_gbps)
     name = "ep" if jax.process_count() == 1 else "ep-processes"
     name += "-ragged" * ragged_only
     is_first = jax.process_index() == 0
     console = Console(width=160, quiet=not is_first)
     rate = copy_rate(bench, 1e6 if wall else 1e9)
-    points = (quick_points if quick else group_sweep)(mesh.size)
+    points = (quick_points if quick else group_sweep)(bench.mesh.size)
     rows: list[Row] = []
     seconds: dict[str, float] = {}
 

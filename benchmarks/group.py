@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 import jax_moe_ep as ep
 from benchmarks.shapes import GroupShape
 from benchmarks.stock import AXIS, StockPlan, stock_plan
-from benchmarks.timing import program_times_us
+from benchmarks.timing import program_times_us, wall_times_us
 
 BYTES_BEYOND_L2 = 200e6  # four times the 50 MB of an H200
 MOST_BUFFER_BYTES = 12e9  # of the rows that one program reads, and of those that it writes
@@ -104,6 +104,14 @@ class Bench:
             key: statistics.median(each) / program.num_calls
             for (key, program), each in zip(programs.items(), times, strict=True)
         }
+
+
+def make_bench(ranks: int | None, wall: bool, peer_gbps: float | None = None) -> Bench:
+    """On so many devices, or all; wall: a dry run on any, by the reference and the host's clock."""
+    mesh = Mesh(np.array(jax.devices()[:ranks]), (AXIS,))
+    if wall:
+        return Bench(mesh, "reference", wall_times_us, most_calls=2, peer_gbps=peer_gbps)
+    return Bench(mesh, peer_gbps=peer_gbps)
 
 
 def one_by_one(calls: Sequence[tuple[Callable[[Any], Any], Any]]) -> list[Any]:

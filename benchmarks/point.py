@@ -9,16 +9,12 @@ The ops are those of benchmarks.group; in several processes it is started as ben
 from typing import Annotated
 
 import jax
-import numpy as np
 import typer
-from jax.sharding import Mesh
 
 import jax_moe_ep as ep
-from benchmarks import stock
 from benchmarks.ep import join_processes, shrunk
-from benchmarks.group import Bench, make_inputs, ops
+from benchmarks.group import make_bench, make_inputs, ops
 from benchmarks.shapes import GroupShape
-from benchmarks.timing import wall_times_us
 
 
 def main(
@@ -36,11 +32,11 @@ def main(
     wall: Annotated[bool, typer.Option(help="A dry run on any devices.")] = False,
 ) -> None:
     join_processes()
-    mesh = Mesh(np.array(jax.devices()[:ranks]), (stock.AXIS,))
-    dry = {"implementation": "reference", "times": wall_times_us, "most_calls": 2}
-    bench = Bench(mesh, **(dry if wall else {}))
-    shape = GroupShape(t, h, k, a, tail, R=mesh.size, routing=routing, capacity=capacity)
-    shape = shrunk(shape) if wall else GroupShape(**{**vars(shape), "num_sms": num_sms})
+    bench = make_bench(ranks, wall)
+    shape = GroupShape(
+        t, h, k, a, tail, R=bench.mesh.size, routing=routing, capacity=capacity, num_sms=num_sms
+    )
+    shape = shrunk(shape) if wall else shape
     steps = ops(bench.config(shape))
     if unknown := set(names) - steps.keys():
         raise typer.BadParameter(f"{sorted(unknown)} is none of {sorted(steps)}")

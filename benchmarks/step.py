@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 import typer
 from jax import lax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int32
 from rich.console import Console
@@ -38,10 +38,10 @@ from rich.table import Table
 import jax_moe_ep as ep
 from benchmarks import stock
 from benchmarks.ep import join_processes
-from benchmarks.group import Bench, largest, one_by_one
+from benchmarks.group import Bench, largest, make_bench, one_by_one
 from benchmarks.report import Row
 from benchmarks.shapes import GroupShape
-from benchmarks.timing import RESULTS, save, wall_times_us
+from benchmarks.timing import RESULTS, save
 
 TOLERANCE = 2.0**-4  # of gradients through bf16 layers, relative to the largest
 OURS, ALONE = "jax_moe_ep, {} tail", "no exchange"
@@ -263,12 +263,11 @@ def main(
     ] = None,
 ) -> None:
     join_processes()
-    mesh = Mesh(np.array(jax.devices()[:ranks]), (stock.AXIS,))
-    dry = {"implementation": "reference", "times": wall_times_us}
-    bench = Bench(mesh, **(dry if wall else {}))
-    shape = GroupShape(tokens, hidden, E=num_experts, R=mesh.size)
+    bench = make_bench(ranks, wall)
+    num_ranks = bench.mesh.size
+    shape = GroupShape(tokens, hidden, E=num_experts, R=num_ranks)
     if wall:
-        shape, inner, num_layers = GroupShape(6, 32, 2, 4, E=4 * mesh.size, R=mesh.size), 16, 2
+        shape, inner, num_layers = GroupShape(6, 32, 2, 4, E=4 * num_ranks, R=num_ranks), 16, 2
     has_tokamax = importlib.util.find_spec("tokamax") is not None and not wall
     gemm = gemm or ("tokamax" if has_tokamax else "lax")
     rows = measure(bench, shape, inner, num_layers, gemm)

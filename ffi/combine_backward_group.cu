@@ -117,15 +117,10 @@ __global__ void __launch_bounds__(kTeams* kThreads, 1)
 }  // namespace
 
 cudaError_t LoadGroupCombineBackward() {
-  LaunchLimits limits;
-  if (cudaError_t status = GetLaunchLimits(1, false, &limits); status != cudaSuccess) return status;
-  return ForEachFloatType([&](auto zero) {
+  return ForEachFloatType([](auto zero) {
     using T = decltype(zero);
-    cudaFuncAttributes attributes;
-    cudaError_t status = cudaFuncGetAttributes(&attributes, GroupCombineBackwardKernel<T>);
-    if (status != cudaSuccess || !limits.has_bulk_copy) return status;
-    return cudaFuncSetAttribute(
-        GroupCombineBackwardBulkKernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, kRingBytes);
+    return LoadKernels(
+        GroupCombineBackwardKernel<T>, GroupCombineBackwardBulkKernel<T>, kRingBytes);
   });
 }
 

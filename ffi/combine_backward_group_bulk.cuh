@@ -194,15 +194,6 @@ struct TileGradient {
   }
 };
 
-// Zeroes a row with bulk stores of one lane, in its next group.
-__device__ inline void BulkZeroRow(char* row, int64_t row_bytes, const char* zeros) {
-  if (threadIdx.x % kWarpSize != 0) return;
-  for (int64_t offset = 0; offset < row_bytes; offset += kTileBytes) {
-    int64_t left = row_bytes - offset;
-    ptx::BulkStore(row + offset, zeros, static_cast<uint32_t>(min(left, int64_t{kTileBytes})));
-  }
-}
-
 // A chunk of this rank's weight gradients by a warp, once all ranks have returned theirs. False
 // when a rank gave up.
 template <typename T>
@@ -268,7 +259,7 @@ __global__ void __launch_bounds__(kBulkWarps* kWarpSize, 1)
       if (note.dweights == nullptr) continue;
       gradient.EndToken(note);
       if (zero.Next(&row)) {
-        BulkZeroRow(dy + row * row_bytes, row_bytes, reinterpret_cast<const char*>(zeros));
+        BulkZeroRow(dy + row * row_bytes, row_bytes, zeros, kTileBytes);
         ptx::BulkCommitGroup();
       }
     }
@@ -276,7 +267,7 @@ __global__ void __launch_bounds__(kBulkWarps* kWarpSize, 1)
     bool is_first_lane = threadIdx.x % kWarpSize == 0;
     if (goes_on && is_first_lane) CompletePulls(p, epoch, feeder.num_claimed());
     while (zero.Next(&row)) {
-      BulkZeroRow(dy + row * row_bytes, row_bytes, reinterpret_cast<const char*>(zeros));
+      BulkZeroRow(dy + row * row_bytes, row_bytes, zeros, kTileBytes);
     }
     ptx::BulkCommitGroup();
     int64_t chunks = 0, num_items = p.num_pulls() + p.num_table_chunks();

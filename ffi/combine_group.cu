@@ -120,8 +120,9 @@ __device__ bool Sum(const GroupCombineParams<T>& p,
     }
   }
   if (!team.And(has_landed)) return false;
-  for (int64_t token = piece.first_token; token < piece.end_token; ++token)
+  for (int64_t token = piece.first_token; token < piece.end_token; ++token) {
     SumToken(p, team, epoch, piece, token);
+  }
   return true;
 }
 
@@ -168,15 +169,9 @@ __global__ void __launch_bounds__(kTeams* kThreads, 1)
 }  // namespace
 
 cudaError_t LoadGroupCombine() {
-  LaunchLimits limits;
-  if (cudaError_t status = GetLaunchLimits(1, false, &limits); status != cudaSuccess) return status;
-  return ForEachFloatType([&](auto zero) {
+  return ForEachFloatType([](auto zero) {
     using T = decltype(zero);
-    cudaFuncAttributes attributes;
-    cudaError_t status = cudaFuncGetAttributes(&attributes, GroupCombineKernel<T>);
-    if (status != cudaSuccess || !limits.has_bulk_copy) return status;
-    return cudaFuncSetAttribute(
-        GroupCombineBulkKernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, kRingBytes);
+    return LoadKernels(GroupCombineKernel<T>, GroupCombineBulkKernel<T>, kRingBytes);
   });
 }
 

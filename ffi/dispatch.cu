@@ -95,19 +95,6 @@ int64_t NumStagedChunks(const DispatchParams& params, int64_t chunk_bytes) {
   return params.must_stage ? NumChunks(params.plan.num_tokens * params.row_bytes, chunk_bytes) : 0;
 }
 
-template <bool kInGroup>
-cudaError_t LoadKernels(bool has_bulk_copy) {
-  cudaFuncAttributes attributes;
-  if (cudaError_t status = cudaFuncGetAttributes(&attributes, DispatchVectorKernel<kInGroup>);
-      status != cudaSuccess) {
-    return status;
-  }
-  if (!has_bulk_copy) return cudaSuccess;
-  return cudaFuncSetAttribute(DispatchBulkKernel<kInGroup>,
-                              cudaFuncAttributeMaxDynamicSharedMemorySize,
-                              (kMoveWarps * kStages + 1) * kMaxTileBytes);
-}
-
 // Threads and blocks an SM of the vector path differ in a group.
 template <bool kInGroup>
 cudaError_t Launch(const LaunchLimits& limits, DispatchParams& params, cudaStream_t stream) {
@@ -130,12 +117,11 @@ cudaError_t Launch(const LaunchLimits& limits, DispatchParams& params, cudaStrea
 }  // namespace
 
 cudaError_t LoadDispatch() {
-  LaunchLimits limits;
-  if (cudaError_t status = GetLaunchLimits(1, false, &limits); status != cudaSuccess) return status;
-  if (cudaError_t status = LoadKernels<false>(limits.has_bulk_copy); status != cudaSuccess) {
-    return status;
-  }
-  return LoadKernels<true>(limits.has_bulk_copy);
+  constexpr int64_t kSharedBytes = (kMoveWarps * kStages + 1) * kMaxTileBytes;
+  cudaError_t status =
+      LoadKernels(DispatchVectorKernel<false>, DispatchBulkKernel<false>, kSharedBytes);
+  if (status != cudaSuccess) return status;
+  return LoadKernels(DispatchVectorKernel<true>, DispatchBulkKernel<true>, kSharedBytes);
 }
 
 cudaError_t LaunchDispatch(const RowsPlan& plan,

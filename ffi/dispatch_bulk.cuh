@@ -68,18 +68,6 @@ __device__ int64_t Pipe(int64_t end, Next next, Load load, Store store) {
   }
 }
 
-// Zeroes a row with the bulk stores of one lane.
-__device__ void ZeroRow(const DispatchParams& p, int64_t row, const char* zeros) {
-  if (threadIdx.x % kWarpSize != 0) return;
-#pragma unroll 1
-  for (int64_t offset = 0; offset < p.row_bytes; offset += p.tile_bytes) {
-    int64_t left = p.row_bytes - offset;
-    ptx::BulkStore(p.rows + row * p.row_bytes + offset,
-                   zeros,
-                   static_cast<uint32_t>(min(left, int64_t{p.tile_bytes})));
-  }
-}
-
 // All items of a warp. Returns how many there were. A row is zeroed beside each, so that memory has
 // work while others wait for the link.
 template <bool kInGroup>
@@ -95,7 +83,7 @@ __device__ int64_t MoveItems(const DispatchParams& p,
   };
   auto store = [&](int64_t item, int stage) {
     int64_t row;
-    if (zero.Next(&row)) ZeroRow(p, row, zeros);
+    if (zero.Next(&row)) BulkZeroRow(p.rows + row * p.row_bytes, p.row_bytes, zeros, p.tile_bytes);
     if (!ring.Wait(stage)) return;
     Tile<kInGroup> tile(p, item);
 #pragma unroll 1
@@ -176,7 +164,9 @@ __global__ void __launch_bounds__(kMoveWarps* kWarpSize, 1)
       __syncwarp();
       is_last = CompleteItems(p, epoch, count);
     }
-    for (int64_t row; zero.Next(&row);) ZeroRow(p, row, tiles);
+    for (int64_t row; zero.Next(&row);) {
+      BulkZeroRow(p.rows + row * p.row_bytes, p.row_bytes, tiles, p.tile_bytes);
+    }
     ptx::BulkCommitGroup();
     ptx::BulkWaitAll();
     if (is_last) Finish(p.group, epoch, p.group.is_one_process);

@@ -83,10 +83,7 @@ __device__ void Push(const GatherParams<Unit>& p, uint64_t epoch, int64_t chunk)
 template <typename Unit>
 __device__ bool Copy(const GatherParams<Unit>& p, uint64_t epoch, int64_t item) {
   int source = Peer(p.group, static_cast<int>(1 + item / p.num_chunks()));
-  bool is_ready = true;
-  if (threadIdx.x % kWarpSize == 0) is_ready = WaitForReady(p.group, epoch, source);
-  if (!__shfl_sync(kAllLanes, is_ready, 0)) return false;
-  __syncwarp();  // lane 0 has acquired for all
+  if (!WarpReady{}.Wait(p.group, epoch, source)) return false;
   Chunk<Unit> piece(p, item % p.num_chunks());
   piece.Load(PartOf(p, p.group.rank, source, piece.array, epoch));
   piece.Store(p.out[piece.array] + source * p.num_units);

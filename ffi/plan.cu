@@ -87,17 +87,6 @@ __global__ void ScanKernel(const __grid_constant__ PlanParams p, int bins) {
   }
 }
 
-// One warp places its assignments in order.
-template <bool kSelected>
-__device__ void PlaceWarp(const PlanParams& p, const WarpRange& range, int32_t* counters) {
-  for (int64_t base = range.begin; base < range.end; base += kWarpSize) {
-    int64_t index = base + threadIdx.x % kWarpSize;
-    Item item;
-    if (index < range.end) item = LoadItem<kSelected>(p, index);
-    PlaceItems<kSelected>(p, item, index, range.end, counters);
-  }
-}
-
 // slots, owners, source_counts. Before: Scan of the same bins, Layout, and by priority the select.
 // Launch: any number of blocks of grid.warps warps, warps * bins counters of shared memory.
 template <bool kSelected>

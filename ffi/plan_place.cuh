@@ -50,6 +50,18 @@ __device__ void PlaceItems(
   if (own >= 0 && own < p.shape.assignments_per_rank) p.arrays.owners[own] = owner;
 }
 
+// One warp places its assignments in order.
+template <bool kSelected>
+__device__ void PlaceWarp(const PlanParams& p, const WarpRange& range, int32_t* counters) {
+#pragma unroll 1
+  for (int64_t base = range.begin; base < range.end; base += kWarpSize) {
+    int64_t index = base + threadIdx.x % kWarpSize;
+    Item item;
+    if (index < range.end) item = LoadItem<kSelected>(p, index);
+    PlaceItems<kSelected>(p, item, index, range.end, counters);
+  }
+}
+
 // Live rows of each local expert from one source rank: bins before its assignments, and after.
 template <bool kSelected>
 __device__ void WriteSourceCounts(const PlanParams& p,

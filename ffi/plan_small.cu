@@ -55,41 +55,19 @@ struct LayoutWarp {
   }
 };
 
-// A warp's assignments: the first read of them has all loads under way at once, the second finds
-// them in the cache.
-struct WarpItems {
-  WarpRange range;
-
-  __device__ WarpItems(const PlanParams& p, int warp, bool has_some)
-      : range(p, warp / p.grid.warps, warp % p.grid.warps) {
-    if (!has_some) range.end = range.begin;
-  }
-
-  __device__ int64_t Index(int i) const {
-    return range.begin + i * kWarpSize + threadIdx.x % kWarpSize;
-  }
-
-  __device__ void Count(const PlanParams& p, int32_t* counters) const {
-    int experts[kRounds];
+// counters[expert] += a warp's assignments, with all loads under way at once.
+__device__ void CountWarp(const PlanParams& p, const WarpRange& range, int32_t* counters) {
+  int experts[kRounds];
 #pragma unroll
-    for (int i = 0; i < kRounds; ++i) {
-      experts[i] = Index(i) < range.end ? LoadItem<false>(p, Index(i)).expert : -1;
-    }
+  for (int i = 0; i < kRounds; ++i) {
+    int64_t index = range.begin + i * kWarpSize + threadIdx.x % kWarpSize;
+    experts[i] = index < range.end ? LoadItem<false>(p, index).expert : -1;
+  }
 #pragma unroll
-    for (int i = 0; i < kRounds; ++i) {
-      if (experts[i] >= 0) atomicAdd(&counters[experts[i]], 1);
-    }
+  for (int i = 0; i < kRounds; ++i) {
+    if (experts[i] >= 0) atomicAdd(&counters[experts[i]], 1);
   }
-
-  __device__ void Place(const PlanParams& p, int32_t* counters) const {
-#pragma unroll 1
-    for (int i = 0; range.begin + i * kWarpSize < range.end; ++i) {
-      Item item;
-      if (Index(i) < range.end) item = LoadItem<false>(p, Index(i));
-      PlaceItems<false>(p, item, Index(i), range.end, counters);
-    }
-  }
-};
+}
 
 // counters[warp][expert] -> the expert's count in the warps before; totals[expert] = in all.
 __device__ void ScanWarps(const PlanParams& p, int num_warps, int32_t* counters) {
@@ -120,12 +98,13 @@ __global__ void __launch_bounds__(kThreads)
   int warp = threadIdx.x / kWarpSize, experts = p.shape.num_experts;
   int num_ranks = p.shape.num_ranks, num_local = experts / num_ranks;
   int num_warps = num_ranks * p.grid.warps;
-  WarpItems items(p, warp, warp < num_warps);
+  WarpRange range(p, warp / p.grid.warps, warp % p.grid.warps);
+  if (warp >= num_warps) range.end = range.begin;
   int32_t* mine = counters + warp * experts;
 
   FillZero(counters, num_warps * experts);
   __syncthreads();
-  items.Count(p, mine);
+  CountWarp(p, range, mine);
   __syncthreads();
   ScanWarps(p, num_warps, counters);
   __syncthreads();
@@ -143,7 +122,7 @@ __global__ void __launch_bounds__(kThreads)
     given.arrays.group_starts[local] = starts[local];
   }
   __syncthreads();
-  items.Place(p, mine);
+  PlaceWarp<false>(p, range, mine);
 }
 
 }  // namespace

@@ -4,6 +4,7 @@
 #define JAX_MOE_EP_ROWS_CUH_
 
 #include "divide.h"
+#include "ptx.cuh"
 #include "rows.h"
 #include "vec.cuh"
 
@@ -11,6 +12,18 @@ namespace jax_moe_ep {
 
 inline constexpr int kWarpSize = 32;
 inline constexpr unsigned kAllLanes = 0xffffffffu;
+
+// Loads the kernels of both paths, the one with bulk copies where it runs.
+template <typename Vector, typename Bulk>
+cudaError_t LoadKernels(Vector* vector, Bulk* bulk, int64_t bulk_shared_bytes) {
+  LaunchLimits limits;
+  if (cudaError_t status = GetLaunchLimits(1, false, &limits); status != cudaSuccess) return status;
+  cudaFuncAttributes attributes;
+  cudaError_t status = cudaFuncGetAttributes(&attributes, vector);
+  if (status != cudaSuccess || !limits.has_bulk_copy) return status;
+  return cudaFuncSetAttribute(
+      bulk, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bulk_shared_bytes));
+}
 
 // The padding rows and, with a zero tail, the tail rows, divided among worker warps: each is found
 // by one of them. All lanes call.
@@ -70,6 +83,17 @@ class ZeroRows {
   int64_t found_ = -1;  // by this lane
   unsigned lanes_ = 0;  // whose rows are still to be returned by Next
 };
+
+// Zeroes a row with bulk stores of one lane, in its next group, from so many zero bytes of shared
+// memory.
+__device__ inline void BulkZeroRow(char* row, int64_t row_bytes, const void* zeros, int num_zeros) {
+  if (threadIdx.x % kWarpSize != 0) return;
+#pragma unroll 1
+  for (int64_t offset = 0; offset < row_bytes; offset += num_zeros) {
+    int64_t left = row_bytes - offset;
+    ptx::BulkStore(row + offset, zeros, static_cast<uint32_t>(min(left, int64_t{num_zeros})));
+  }
+}
 
 // Zeroes them, 16 bytes a lane.
 __device__ inline void ZeroRowsByWarp(
