@@ -58,8 +58,8 @@ __device__ bool Collect(const GroupBackwardParams<T>& p,
   }
   if (!team.And(is_there)) return false;
   const float* table = p.WeightGradients(p.group.rank, epoch);
-  int64_t end = min((chunk + 1) * kTableChunk, p.num_weights());
-  for (int64_t i = chunk * kTableChunk + team.thread; i < end; i += kThreads) {
+  int64_t end = min((chunk + 1) * kWarpChunk, p.num_weights());
+  for (int64_t i = chunk * kWarpChunk + team.thread; i < end; i += kThreads) {
     p.dweights[i] = p.owners[i] >= 0 ? table[i] : 0.0f;
   }
   return true;

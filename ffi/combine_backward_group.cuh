@@ -24,7 +24,7 @@ struct GroupBackwardParams {
   int64_t num_dout_chunks;  // to stage; 0: peers read dout where it is
 
   __device__ int64_t num_weights() const { return plan.num_tokens * plan.top_k; }
-  __device__ int64_t num_table_chunks() const { return NumTableChunks(num_weights()); }
+  __device__ int64_t num_table_chunks() const { return NumWarpChunks(num_weights()); }
   __device__ int64_t num_pulls() const { return order.size(group.num_ranks); }
 
   // Once the source is ready: its gradients [T, H] and weights [T, K], and where its weight

@@ -206,12 +206,15 @@ __device__ bool CollectByWarp(const GroupBackwardParams<T>& p, uint64_t epoch, i
   }
   if (__any_sync(kAllLanes, !is_there)) return false;
   __syncwarp();  // each lane has acquired for all
-  const float* table = p.WeightGradients(p.group.rank, epoch);
-  int64_t end = min((chunk + 1) * kTableChunk, p.num_weights());
-#pragma unroll 4
-  for (int64_t i = chunk * kTableChunk + lane; i < end; i += kWarpSize) {
-    p.dweights[i] = p.owners[i] >= 0 ? table[i] : 0.0f;
+  WarpChunk<int32_t> owners(chunk, p.num_weights());
+  WarpChunk<float> gradients(chunk, p.num_weights());
+  owners.Load(p.owners);
+  gradients.Load(p.WeightGradients(p.group.rank, epoch));
+#pragma unroll
+  for (int j = 0; j < kUnitsPerLane; ++j) {
+    if (owners.units[j] < 0) gradients.units[j] = 0;
   }
+  gradients.Store(p.dweights);
   return true;
 }
 

@@ -140,7 +140,7 @@ __global__ void __launch_bounds__(kTeams* kThreads, 1)
     GroupCombineKernel(const __grid_constant__ GroupCombineParams<T> p) {
   __shared__ uint64_t epoch;
   __shared__ int64_t claims[kTeams];
-  int64_t num_chunks = p.weights ? NumTableChunks(p.plan.num_tokens * p.plan.top_k) : 0;
+  int64_t num_chunks = p.weights ? NumWarpChunks(p.plan.num_tokens * p.plan.top_k) : 0;
   if (threadIdx.x == 0) epoch = Begin(p.group, num_chunks > 0, nullptr);
   __syncthreads();
   if (epoch != kAborted) {

@@ -10,12 +10,7 @@
 namespace jax_moe_ep {
 namespace {
 
-constexpr int kTableChunk = 1024;        // numbers
 constexpr int kMaxBulkTopK = kWarpSize;  // of the bulk paths: a lane a k
-
-__host__ __device__ inline int64_t NumTableChunks(int64_t size) {
-  return (size + kTableChunk - 1) / kTableChunk;
-}
 
 // Rank `source`'s weights [T, K] in rank `owner`'s memory.
 __device__ inline float* WeightTable(const GroupView& group,
@@ -35,13 +30,10 @@ __device__ inline void PushWeights(const GroupView& group,
                                    const float* weights,
                                    uint64_t epoch,
                                    int64_t chunk) {
-  int64_t end = min((chunk + 1) * kTableChunk, plan.num_tokens * plan.top_k);
+  WarpChunk<float> numbers(chunk, plan.num_tokens * plan.top_k);
+  numbers.Load(weights);
   for (int offset = 1; offset < group.num_ranks; ++offset) {
-    float* table = WeightTable(group, layout, plan, Peer(group, offset), group.rank, epoch);
-#pragma unroll 4
-    for (int64_t i = chunk * kTableChunk + threadIdx.x % kWarpSize; i < end; i += kWarpSize) {
-      table[i] = weights[i];
-    }
+    numbers.Store(WeightTable(group, layout, plan, Peer(group, offset), group.rank, epoch));
   }
 }
 

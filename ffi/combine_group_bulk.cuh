@@ -111,7 +111,7 @@ __global__ void __launch_bounds__(kBulkWarps* kWarpSize, 1)
   CombineRing ring{tiles + warp * kRingTiles * kTileBytes, barriers[warp], notes[warp]};
   ring.Init();
   ptx::FenceProxyAsyncShared();
-  int64_t num_chunks = p.weights ? NumTableChunks(p.plan.num_tokens * p.plan.top_k) : 0;
+  int64_t num_chunks = p.weights ? NumWarpChunks(p.plan.num_tokens * p.plan.top_k) : 0;
   WarpClaims claims(p.group);
   if (threadIdx.x == 0) epoch = Begin(p.group, num_chunks > 0, nullptr);
   __syncthreads();

@@ -2,14 +2,13 @@
 
 #include "gather_group.h"
 #include "protocol.cuh"
+#include "warp_chunk.cuh"
 
 namespace jax_moe_ep {
 namespace {
 
 constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / kWarpSize;
-constexpr int kUnitsPerLane = 4;  // loads in flight
-constexpr int kUnitsPerChunk = kUnitsPerLane * kWarpSize;
 constexpr int kChunksPerWarp = 4;  // beyond them a second block helps more than its claims cost
 constexpr int kMaxBlocks = 32;
 
@@ -37,34 +36,14 @@ __device__ Unit* PartOf(
   return reinterpret_cast<Unit*>(parts) + part * p.num_units;
 }
 
-// A piece of one array, in the registers of a warp: all loads are under way before the first store.
+// Chunks are numbered through all arrays of a rank.
 template <typename Unit>
-struct Chunk {
+struct Chunk : WarpChunk<Unit> {
   int array;
-  int64_t begin, end;
-  Unit units[kUnitsPerLane];
 
-  __device__ Chunk(const GatherParams<Unit>& p, int64_t chunk)
-      : array(static_cast<int>(chunk / p.chunks_per_array)) {
-    begin = chunk % p.chunks_per_array * kUnitsPerChunk;
-    end = min(begin + kUnitsPerChunk, p.num_units);
-  }
-
-  __device__ int64_t At(int j) const { return begin + j * kWarpSize + threadIdx.x % kWarpSize; }
-
-  __device__ void Load(const Unit* from) {
-#pragma unroll
-    for (int j = 0; j < kUnitsPerLane; ++j) {
-      if (At(j) < end) units[j] = from[At(j)];
-    }
-  }
-
-  __device__ void Store(Unit* to) const {
-#pragma unroll
-    for (int j = 0; j < kUnitsPerLane; ++j) {
-      if (At(j) < end) to[At(j)] = units[j];
-    }
-  }
+  __device__ Chunk(const GatherParams<Unit>& p, int64_t number)
+      : WarpChunk<Unit>(number % p.chunks_per_array, p.num_units),
+        array(static_cast<int>(number / p.chunks_per_array)) {}
 };
 
 // A warp writes a chunk of this rank's numbers into its part of every peer's memory, and into out.
@@ -192,7 +171,7 @@ cudaError_t LaunchGroupGather(const GroupView& group,
     params.group = group;
     params.gathered = layout.gathered;
     params.num_units = arrays.bytes / static_cast<int64_t>(sizeof(Unit));
-    params.chunks_per_array = (params.num_units + kUnitsPerChunk - 1) / kUnitsPerChunk;
+    params.chunks_per_array = NumWarpChunks(params.num_units);
     params.num_arrays = arrays.count;
     for (int i = 0; i < arrays.count; ++i) {
       params.x[i] = static_cast<const Unit*>(arrays.x[i]);

@@ -20,6 +20,7 @@
 #include "ptx.cuh"
 #include "rows.cuh"
 #include "signal.cuh"
+#include "warp_chunk.cuh"
 
 namespace jax_moe_ep {
 
@@ -133,36 +134,42 @@ __device__ inline int64_t ClaimByWarp(const GroupView& group, uint64_t* counter)
 // one.
 struct WarpClaims {
   const GroupView& group;
-  int64_t next = 0;  // of lane 0
+  // Of lane 0. Not looked at before Next, or asking would be waiting.
+  uint64_t next = 0;
+  uint32_t abort = 0;
 
   __device__ explicit WarpClaims(const GroupView& group) : group(group) { Ask(); }
 
   // All lanes get the same.
   __device__ int64_t Next() {
-    int64_t item = __shfl_sync(kAllLanes, next, 0);
+    uint64_t item = __shfl_sync(kAllLanes, next, 0);
+    bool has_aborted = __shfl_sync(kAllLanes, abort, 0) != 0;
     Ask();
-    return item;
+    return has_aborted ? kNoItem : static_cast<int64_t>(item);
   }
 
  private:
   __device__ void Ask() {
-    if (threadIdx.x % kWarpSize == 0) next = Claim(group, &group.launch->claims);
+    if (threadIdx.x % kWarpSize != 0) return;
+    next = AddRelaxedDevice(&group.launch->claims, 1);
+    abort = LoadRelaxedSystem(&OwnControl(group)->abort);
   }
 };
 
-// Copies 16 KB of 16-byte vectors at a time, or what is left of them.
-inline constexpr int64_t kChunkVectors = 1024;
-inline constexpr int64_t kChunkBytes = kChunkVectors * kVecBytes;
+// A warp stages 16 KB at a time, or what is left.
+inline constexpr int64_t kChunkBytes = 16 * 1024;
 
 inline int64_t NumChunks(int64_t bytes, int64_t chunk_bytes = kChunkBytes) {
   return (bytes + chunk_bytes - 1) / chunk_bytes;
 }
 
 __device__ inline void CopyChunk(const uint4* from, uint4* to, int64_t chunk, int64_t num_vectors) {
-  int64_t end = min((chunk + 1) * kChunkVectors, num_vectors);
-#pragma unroll 4
-  for (int64_t i = chunk * kChunkVectors + threadIdx.x % kWarpSize; i < end; i += kWarpSize) {
-    to[i] = from[i];
+  constexpr int64_t kParts = kChunkBytes / (kWarpChunk * kVecBytes);
+  int64_t end = min((chunk + 1) * kParts, NumWarpChunks(num_vectors));
+  for (int64_t part = chunk * kParts; part < end; ++part) {
+    WarpChunk<uint4> vectors(part, num_vectors);
+    vectors.Load(from);
+    vectors.Store(to);
   }
 }
 

@@ -27,7 +27,7 @@ __device__ inline void FenceProxyAsyncShared() {
 // order where there are no bulk copies.
 __device__ inline void FenceProxyAsync() {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("fence.proxy.async;" ::: "memory");
+  asm volatile("fence.proxy.async.global;" ::: "memory");
 #endif
 }
 
