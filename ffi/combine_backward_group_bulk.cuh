@@ -10,16 +10,20 @@
 namespace jax_moe_ep {
 namespace {
 
-// A tile of a token's gradient, or one of a row of y that it meets.
+// A tile of a token's gradient, or rows of y that it meets.
 struct BackwardNote {
-  int k;  // of the row; -1 for the gradient
-  float weight;
-  int bytes;
-  uint32_t rows;    // with the last tile of the token: a bit a k that has a row here
-  void* dy;         // of the row
-  float* dweights;  // with the last tile: of the token
+  bool is_gradient;
+  int num_tiles;
+  int bytes;        // of each
+  uint32_t rows;    // with the last tiles of the token: a bit a k that has a row here
+  float* dweights;  // likewise: of the token
 };
-using BackwardRing = TileRing<BackwardNote>;
+struct BackwardTileNote {
+  int k;
+  float weight;
+  void* dy;
+};
+using BackwardRing = TileRing<BackwardNote, BackwardTileNote>;
 
 // A token of any rank that has rows here.
 struct BackwardToken {
@@ -45,7 +49,7 @@ class BackwardFeeder {
 
   // Until the ring is full or there are no more tokens. False when a rank gave up.
   __device__ bool Feed() {
-    while (BeginToken() && PutTiles()) {
+    while (BeginToken() && PutGroup()) {
     }
     return is_fine_;
   }
@@ -102,29 +106,27 @@ class BackwardFeeder {
     return true;
   }
 
-  // Tiles of some columns, those that are left: the gradient's and then those of the rows, in the
-  // order of k; lane k puts its row. False when the ring is full.
-  __device__ bool PutTiles() {
-    int count = ring_.Room(batch_ - num_put_);
-    if (count == 0) return false;
+  // A group of tiles of some columns: the gradient's alone, or rows in the order of k; lane k puts
+  // its row. False when the ring is full.
+  __device__ bool PutGroup() {
+    bool is_gradient = num_put_ == 0;
+    int num_tiles = is_gradient ? 1 : min(batch_ - num_put_, kGroupTiles);
+    if (!ring_.HasRoom(num_tiles)) return false;
     int lane = threadIdx.x % kWarpSize;
-    int64_t row_bytes = p_.hidden * sizeof(T);
+    int64_t row_bytes = p_.hidden * sizeof(T), start = now_.slot * row_bytes + column_;
     int bytes = static_cast<int>(min(int64_t{kTileBytes}, row_bytes - column_));
-    if (num_put_ == 0 && lane == 0) {
-      ring_.Put(0, gradient_ + column_, bytes, BackwardNote{-1, 0, bytes, 0, nullptr, nullptr});
+    BackwardNote note{is_gradient, num_tiles, bytes, 0, nullptr};
+    int end = num_put_ + num_tiles;
+    if (end == batch_ && column_ + kTileBytes >= row_bytes) {
+      note.rows = now_.rows;
+      note.dweights = p_.WeightGradients(now_.source, epoch_) + now_.token * p_.plan.top_k;
     }
-    if (place_ >= max(num_put_, 1) && place_ < num_put_ + count) {
-      int64_t start = now_.slot * row_bytes + column_;
-      char* dy = reinterpret_cast<char*>(p_.dy) + start;
-      BackwardNote note{lane, now_.weight, bytes, 0, dy, nullptr};
-      if (place_ == batch_ - 1 && column_ + kTileBytes >= row_bytes) {
-        note.rows = now_.rows;
-        note.dweights = p_.WeightGradients(now_.source, epoch_) + now_.token * p_.plan.top_k;
-      }
-      ring_.Put(place_ - num_put_, reinterpret_cast<const char*>(p_.y) + start, bytes, note);
-    }
-    ring_.Advance(count);
-    num_put_ += count;
+    int tile = (is_gradient ? lane : place_) - num_put_;
+    const char* from = reinterpret_cast<const char*>(p_.y) + start;
+    if (is_gradient) from = gradient_ + column_;
+    BackwardTileNote tile_note{lane, now_.weight, reinterpret_cast<char*>(p_.dy) + start};
+    ring_.Put(num_tiles, bytes, note, tile, from, tile_note);
+    num_put_ = end;
     if (num_put_ < batch_) return true;
     num_put_ = 0;
     column_ += kTileBytes;
@@ -166,11 +168,11 @@ struct TileGradient {
   }
 
   // Writes the tile of dy, and adds the tile's part to the dot product of its k.
-  __device__ void Meet(const uint4* tile, const BackwardNote& note) {
+  __device__ void Meet(const uint4* tile, int bytes, const BackwardTileNote& note) {
     float sum = 0;
 #pragma unroll
     for (int i = 0; i < kTileVectors; ++i) {
-      if (TilePlace(i) * kVecBytes >= note.bytes) continue;
+      if (TilePlace(i) * kVecBytes >= bytes) continue;
       Vec<T> y = Vec<T>::Load(reinterpret_cast<const T*>(tile), TilePlace(i));
       float scaled[Vec<T>::kSize];
 #pragma unroll
@@ -226,13 +228,11 @@ __global__ void __launch_bounds__(kBulkWarps* kWarpSize, 1)
     GroupCombineBackwardBulkKernel(const __grid_constant__ GroupBackwardParams<T> p) {
 #if __CUDA_ARCH__ >= 900  // older ones are never launched with it
   extern __shared__ __align__(128) char tiles[];
-  __shared__ uint64_t barriers[kBulkWarps][kRingTiles];
-  __shared__ BackwardNote notes[kBulkWarps][kRingTiles];
+  __shared__ RingNotes<BackwardNote, BackwardTileNote> notes;
   __shared__ uint4 zeros[kTileBytes / kVecBytes];
   __shared__ uint64_t epoch;
   int warp = threadIdx.x / kWarpSize;
-  BackwardRing ring{tiles + warp * kRingTiles * kTileBytes, barriers[warp], notes[warp]};
-  ring.Init();
+  BackwardRing ring(tiles, notes);
   for (int i = threadIdx.x; i < kTileBytes / kVecBytes; i += blockDim.x) {
     zeros[i] = make_uint4(0, 0, 0, 0);
   }
@@ -251,14 +251,16 @@ __global__ void __launch_bounds__(kBulkWarps* kWarpSize, 1)
     for (;;) {
       if (goes_on && ring.IsHalfEmpty()) goes_on = feeder.Feed();
       if (ring.IsEmpty()) break;
-      BackwardNote note;
-      const uint4* tile = ring.Front(&note);
-      if (note.k < 0) {
-        gradient.Take(tile);
+      BackwardNote note = ring.Front();
+      if (note.is_gradient) {
+        gradient.Take(ring.Tile(0));
       } else {
-        gradient.Meet(tile, note);
+#pragma unroll 1
+        for (int n = 0; n < note.num_tiles; ++n) {
+          gradient.Meet(ring.Tile(n), note.bytes, ring.NoteOf(n));
+        }
       }
-      ring.Pop();
+      ring.Pop(note.num_tiles);
       if (note.dweights == nullptr) continue;
       gradient.EndToken(note);
       if (zero.Next(&row)) {

@@ -10,22 +10,22 @@
 namespace jax_moe_ep {
 namespace {
 
-// What a tile is, and what is due once it has been added.
-struct CombineNote {
+// A group of tiles, and what is due once they have been added. Each tile's note is its weight.
+struct alignas(16) CombineNote {
   enum : uint32_t {
-    kRow = 1,        // of this rank: its product with the weight goes into this rank's partial
-    kPartial = 2,    // of a peer
+    kRows = 1,       // of this rank: products with the weights go into this rank's partial
+    kPartials = 2,   // of peers
     kSent = 4,       // this rank's partial is complete, for a peer
     kKept = 8,       // or for the sum
     kLastTile = 16,  // the sum is complete
   };
   uint32_t what;
-  float weight;
-  int bytes;
+  int num_tiles;
+  int bytes;       // of each
   void* out;       // of a complete partial for a peer, or of a complete sum
   uint64_t* flag;  // to raise
 };
-using CombineRing = TileRing<CombineNote>;
+using CombineRing = TileRing<CombineNote, float>;
 
 // A token of a piece on the way into the ring.
 struct CombineToken {
@@ -39,11 +39,11 @@ struct CombineToken {
 // of k, which need nobody; then the peers' partials, in the order of ranks. Lane k puts its row,
 // lane r rank r's partial.
 struct CombineBatch {
-  int size;      // at least 1: a token without rows is a note alone
+  int size;      // 0: a token without rows
   int num_rows;  // the first of them
   int row;       // the place of this lane's row, -1 for none
   int partial;   // likewise of its partial
-  int keep;      // the place after which this rank's partial takes its turn in the sum
+  int turn;      // after how many tiles this rank's partial is added to the sum, -1 for never
 
   CombineBatch() = default;
   __device__ CombineBatch(const CombineToken& token, int me) {
@@ -51,11 +51,18 @@ struct CombineBatch {
     uint32_t lanes_below = (1u << lane) - 1, own = 1u << me;
     uint32_t rows = __ballot_sync(kAllLanes, token.slot >= 0);
     num_rows = __popc(rows);
-    size = max(num_rows + __popc(token.ranks & ~own), 1);
+    size = num_rows + __popc(token.ranks & ~own);
     row = token.slot >= 0 ? __popc(rows & lanes_below) : -1;
     bool has_partial = lane != me && (token.ranks >> lane & 1);
     partial = has_partial ? num_rows + __popc(token.ranks & ~own & lanes_below) : -1;
-    keep = num_rows > 0 ? num_rows - 1 + __popc(token.ranks & (own - 1)) : -1;
+    turn = num_rows > 0 ? num_rows + __popc(token.ranks & (own - 1)) : -1;
+  }
+
+  // Where the group ends that begins at a place: rows and partials do not mix, nor partials before
+  // and after this rank's.
+  __device__ int EndOfGroup(int begin) const {
+    int end = begin < num_rows ? num_rows : begin < turn ? turn : size;
+    return min(begin + kGroupTiles, end);
   }
 };
 
@@ -70,18 +77,17 @@ class CombineFeeder {
                            uint64_t epoch)
       : p_(p), ring_(ring), claims_(claims), epoch_(epoch) {}
 
-  // Puts tiles until the ring is full, there are no more, or partials that have not landed are
+  // Puts groups until the ring is full, there are no more, or partials that have not landed are
   // next. For these it waits only when the ring is empty: what it claimed before is done then.
   // False when a rank gave up.
   __device__ bool Feed() {
     while (is_fine_ && !IsDone()) {
       if (token_ == piece_.end_token) {
         if (!EndPiece()) break;
-      } else if (!has_begun_) {
-        BeginToken();
-      } else if (!PutTiles()) {
-        break;
+        continue;
       }
+      if (!has_begun_) BeginToken();
+      if (has_begun_ && !PutGroups()) break;
     }
     return is_fine_;
   }
@@ -134,11 +140,10 @@ class CombineFeeder {
   // The flag of a finished push, then the piece that was prepared. False when the ring is full.
   __device__ bool EndPiece() {
     if (has_put_) {
-      if (ring_.Room(1) == 0) return false;
+      if (!ring_.HasRoom(0)) return false;
       CombineNote note{};
       note.flag = p_.LandedFlag(Peer(p_.group, item_.offset), me(), item_.piece, epoch_);
-      if (lane() == 0) ring_.Put(0, nullptr, 0, note);
-      ring_.Advance(1);
+      ring_.Put(0, 0, note, -1, nullptr, 0);
       has_put_ = false;
     }
     item_ = next_;
@@ -183,12 +188,12 @@ class CombineFeeder {
       return;
     }
     has_begun_ = true;
-    has_landed_ = false;
     batch_ = CombineBatch(now_, me());
+    has_landed_ = batch_.size == batch_.num_rows;
     num_put_ = 0;
-    column_ = piece_.first_byte;
-    int64_t row_bytes = p_.pieces.row_bytes, start = token_ * row_bytes;
-    row_ = reinterpret_cast<const char*>(p_.y) + now_.slot * row_bytes;
+    bytes_left_ = piece_.end_byte - piece_.first_byte;
+    int64_t row_bytes = p_.pieces.row_bytes, start = token_ * row_bytes + piece_.first_byte;
+    row_ = reinterpret_cast<const char*>(p_.y) + now_.slot * row_bytes + piece_.first_byte;
     if (batch_.partial >= 0) {
       partial_ = reinterpret_cast<const char*>(p_.Landing(me(), lane(), epoch_)) + start;
     }
@@ -196,43 +201,32 @@ class CombineFeeder {
     out_ = reinterpret_cast<char*>(out) + start;
   }
 
-  // How many tiles of some columns to put now.
-  __device__ int Room() {
-    int count = ring_.Room(batch_.size - num_put_);
-    bool has_partials = batch_.size > batch_.num_rows && now_.ranks != 0;
-    if (count == 0 || !has_partials || num_put_ + count <= batch_.num_rows) return count;
-    return HasLanded() ? count : max(batch_.num_rows - num_put_, 0);
-  }
-
-  // Tiles of some columns, those that are left. False when none can be put.
-  __device__ bool PutTiles() {
-    int count = Room();
-    if (count == 0) return false;
-    int bytes = static_cast<int>(min(int64_t{kTileBytes}, piece_.end_byte - column_));
-    auto put = [&](int place, const char* from, uint32_t what) {
-      if (place < num_put_ || place >= num_put_ + count) return;
-      CombineNote note{what, now_.weight, bytes, nullptr, nullptr};
-      if (place == batch_.keep) note.what |= IsPush() ? CombineNote::kSent : CombineNote::kKept;
-      if (place == batch_.size - 1) {
-        note.out = out_ + column_;
-        if (!IsPush()) note.what |= CombineNote::kLastTile;
-      }
-      ring_.Put(place - num_put_, from, from == nullptr ? 0 : bytes, note);
-    };
-    put(batch_.row, row_ + column_, CombineNote::kRow);
-    if (!IsPush()) {
-      bool has_none = now_.ranks == 0;  // a note alone, of lane 0
-      put(has_none ? lane() : batch_.partial,
-          has_none ? nullptr : partial_ + column_,
-          has_none ? 0 : CombineNote::kPartial);
+  // The token's groups, column after column. False when one cannot be put yet.
+  __device__ bool PutGroups() {
+    uint32_t at_turn = IsPush() ? CombineNote::kSent : CombineNote::kKept;
+    uint32_t at_end = IsPush() ? 0 : CombineNote::kLastTile;
+    while (bytes_left_ > 0) {
+      int end = batch_.EndOfGroup(num_put_), num_tiles = end - num_put_;
+      if (!ring_.HasRoom(num_tiles)) return false;
+      bool is_rows = num_put_ < batch_.num_rows;
+      if (!is_rows && !HasLanded()) return false;
+      uint32_t what = is_rows ? CombineNote::kRows : CombineNote::kPartials;
+      if (end == batch_.turn) what |= at_turn;
+      if (end == batch_.size) what |= at_end;
+      int bytes = static_cast<int>(min(int64_t{kTileBytes}, bytes_left_));
+      CombineNote note{what, num_tiles, bytes, out_, nullptr};
+      int tile = (is_rows ? batch_.row : batch_.partial) - num_put_;
+      ring_.Put(num_tiles, bytes, note, tile, is_rows ? row_ : partial_, now_.weight);
+      num_put_ = end;
+      if (end < batch_.size) continue;
+      num_put_ = 0;
+      bytes_left_ -= kTileBytes;
+      row_ += kTileBytes;
+      partial_ += kTileBytes;
+      out_ += kTileBytes;
     }
-    ring_.Advance(count);
     has_put_ = IsPush();
-    num_put_ += count;
-    if (num_put_ < batch_.size) return true;
-    num_put_ = 0;
-    column_ += kTileBytes;
-    if (column_ >= piece_.end_byte) NextToken();
+    NextToken();
     return true;
   }
 
@@ -257,9 +251,9 @@ class CombineFeeder {
   bool has_put_ = false;     // tiles of the piece, whose flag is due
   CombineBatch batch_{};
   int num_put_ = 0;                // of the batch
-  int64_t column_ = 0;             // in bytes
-  const char* row_ = nullptr;      // of this lane's k
-  const char* partial_ = nullptr;  // of the rank that this lane stands for
+  int64_t bytes_left_ = 0;         // of the columns, from here on
+  const char* row_ = nullptr;      // there, of this lane's k
+  const char* partial_ = nullptr;  // likewise, of the rank that this lane stands for
   char* out_ = nullptr;
 };
 

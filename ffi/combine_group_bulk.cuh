@@ -18,21 +18,22 @@ struct TileSums {
   float all[kTileVectors][kSize] = {};
 
   __device__ void AddRow(const uint4* tile, float weight) {
+    Vec<T> vecs[kTileVectors];
+    LoadTile(tile, vecs);
 #pragma unroll
     for (int i = 0; i < kTileVectors; ++i) {
-      Vec<T> vec = Vec<T>::Load(reinterpret_cast<const T*>(tile), TilePlace(i));
 #pragma unroll
       for (int j = 0; j < kSize; ++j) {
-        own[i][j] = __fadd_rn(own[i][j], __fmul_rn(weight, vec.Get(j)));
+        own[i][j] = __fadd_rn(own[i][j], __fmul_rn(weight, vecs[i].Get(j)));
       }
     }
   }
 
   __device__ void AddPartial(const uint4* tile) {
+    Vec<T> vecs[kTileVectors];
+    LoadTile(tile, vecs);
 #pragma unroll
-    for (int i = 0; i < kTileVectors; ++i) {
-      AddToSum(i, Vec<T>::Load(reinterpret_cast<const T*>(tile), TilePlace(i)));
-    }
+    for (int i = 0; i < kTileVectors; ++i) AddToSum(i, vecs[i]);
   }
 
   // This rank's partial is complete: for a peer, or for the sum.
@@ -49,6 +50,13 @@ struct TileSums {
   __device__ void EndSum(const CombineNote& note) { Round(all, note); }
 
  private:
+  __device__ static void LoadTile(const uint4* tile, Vec<T> (&vecs)[kTileVectors]) {
+#pragma unroll
+    for (int i = 0; i < kTileVectors; ++i) {
+      vecs[i] = Vec<T>::Load(reinterpret_cast<const T*>(tile), TilePlace(i));
+    }
+  }
+
   __device__ void AddToSum(int i, const Vec<T>& vec) {
 #pragma unroll
     for (int j = 0; j < kSize; ++j) all[i][j] = __fadd_rn(all[i][j], vec.Get(j));
@@ -82,11 +90,16 @@ __device__ int64_t CombineByWarp(const GroupCombineParams<T>& p,
   for (;;) {
     if (*goes_on && ring.IsHalfEmpty()) *goes_on = feeder.Feed();
     if (ring.IsEmpty()) break;
-    CombineNote note;
-    const uint4* tile = ring.Front(&note);
-    if (note.what & CombineNote::kRow) sums.AddRow(tile, note.weight);
-    if (note.what & CombineNote::kPartial) sums.AddPartial(tile);
-    ring.Pop();
+    CombineNote note = ring.Front();
+    if (note.what & CombineNote::kRows) {
+#pragma unroll 2
+      for (int n = 0; n < note.num_tiles; ++n) sums.AddRow(ring.Tile(n), ring.NoteOf(n));
+    }
+    if (note.what & CombineNote::kPartials) {
+#pragma unroll 1
+      for (int n = 0; n < note.num_tiles; ++n) sums.AddPartial(ring.Tile(n));
+    }
+    ring.Pop(note.num_tiles);
     if (note.what & CombineNote::kSent) sums.SendPartial(note);
     if (note.what & CombineNote::kKept) sums.KeepPartial();
     if (note.what & CombineNote::kLastTile) sums.EndSum(note);
@@ -104,12 +117,9 @@ __global__ void __launch_bounds__(kBulkWarps* kWarpSize, 1)
     GroupCombineBulkKernel(const __grid_constant__ GroupCombineParams<T> p) {
 #if __CUDA_ARCH__ >= 900  // older ones are never launched with it
   extern __shared__ __align__(128) char tiles[];
-  __shared__ uint64_t barriers[kBulkWarps][kRingTiles];
-  __shared__ CombineNote notes[kBulkWarps][kRingTiles];
+  __shared__ RingNotes<CombineNote, float> notes;
   __shared__ uint64_t epoch;
-  int warp = threadIdx.x / kWarpSize;
-  CombineRing ring{tiles + warp * kRingTiles * kTileBytes, barriers[warp], notes[warp]};
-  ring.Init();
+  CombineRing ring(tiles, notes);
   ptx::FenceProxyAsyncShared();
   int64_t num_chunks = p.weights ? NumWarpChunks(p.plan.num_tokens * p.plan.top_k) : 0;
   WarpClaims claims(p.group);
