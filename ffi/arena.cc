@@ -252,9 +252,10 @@ void Arena::SetFault(int device, Fault fault) {
 void Arena::SetEpoch(uint64_t epoch) {
   uint64_t epochs[kMaxRanks];
   for (uint64_t& each : epochs) each = epoch;
+  uint64_t turn = 2 * epoch;
   ForEach([&](Arena& arena) {
     Control* control = arena.own_control();
-    cudaMemcpy(&control->epoch, &epoch, sizeof(epoch), cudaMemcpyHostToDevice);
+    cudaMemcpy(&control->turn, &turn, sizeof(turn), cudaMemcpyHostToDevice);
     cudaMemcpy(control->consumed, epochs, sizeof(epochs), cudaMemcpyHostToDevice);
   });
 }

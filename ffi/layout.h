@@ -51,8 +51,7 @@ struct Control {
   uint64_t proof[kMaxRanks];
 
   // This rank's own.
-  uint64_t epoch;       // of the last finished call
-  uint32_t is_locked;   // while a call runs
+  uint64_t turn;        // 2 * the epoch of the last finished call, + 1 while another runs
   uint32_t has_failed;  // the failure has been written to the host
   Fault fault;
 

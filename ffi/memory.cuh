@@ -27,6 +27,14 @@ __device__ inline void StoreReleaseSystem(uint32_t* flag, uint32_t value) {
   asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
 }
 
+// Orders all that this thread wrote or saw before the relaxed stores that follow, as a release
+// would: one for several of them.
+__device__ inline void FenceSystem() { asm volatile("fence.acq_rel.sys;" ::: "memory"); }
+
+__device__ inline void StoreRelaxedSystem(uint64_t* flag, uint64_t value) {
+  asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(flag), "l"(value) : "memory");
+}
+
 // Relaxed, system scope: no order; for words that are looked at in passing.
 __device__ inline uint32_t LoadRelaxedSystem(const uint32_t* flag) {
   uint32_t value;
@@ -74,18 +82,23 @@ __device__ inline uint64_t AddRelaxedDevice(uint64_t* counter, uint64_t value) {
   return before;
 }
 
-// Acquire, device scope, when it succeeds: what the last holder of the lock wrote is visible.
-__device__ inline bool TryLockDevice(uint32_t* lock) {
+__device__ inline uint32_t AddRelaxedDevice(uint32_t* counter, uint32_t value) {
   uint32_t before;
-  asm volatile("atom.acquire.gpu.global.cas.b32 %0, [%1], 0, 1;"
+  asm volatile("atom.relaxed.gpu.global.add.u32 %0, [%1], %2;"
                : "=r"(before)
-               : "l"(lock)
+               : "l"(counter), "r"(value)
                : "memory");
-  return before == 0;
+  return before;
 }
 
-__device__ inline void UnlockDevice(uint32_t* lock) {
-  asm volatile("st.release.gpu.global.u32 [%0], 0;" ::"l"(lock) : "memory");
+// Acquire, device scope: what was written before the release of the value is visible.
+__device__ inline uint64_t OrAcquireDevice(uint64_t* word, uint64_t bits) {
+  uint64_t before;
+  asm volatile("atom.acquire.gpu.global.or.b64 %0, [%1], %2;"
+               : "=l"(before)
+               : "l"(word), "l"(bits)
+               : "memory");
+  return before;
 }
 
 __device__ inline uint64_t TimeNs() {

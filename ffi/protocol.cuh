@@ -46,9 +46,13 @@ static __device__ __noinline__ void Publish(const GroupView& group,
     CallRecord* record = &peer->records[epoch & 1][group.rank];
     record->signature = group.signature;
     record->address = static_cast<const char*>(address);
-    StoreReleaseSystem(&peer->ready[group.rank], epoch);
   }
-  StoreReleaseSystem(&OwnControl(group)->ready[group.rank], epoch);  // for Finish
+  FenceSystem();
+#pragma unroll 1
+  for (int offset = 1; offset < group.num_ranks; ++offset) {
+    StoreRelaxedSystem(&group.controls[Peer(group, offset)]->ready[group.rank], epoch);
+  }
+  StoreReleaseDevice(&OwnControl(group)->ready[group.rank], epoch);  // for Finish
 }
 
 // A rank gave up: this rank's host will know, also where no wait of this one met it.
@@ -65,15 +69,24 @@ __device__ inline bool NoteAbort(const GroupView& group) {
   return abort != 0;
 }
 
-static __device__ __noinline__ bool WaitForLock(const GroupView& group) {
+inline constexpr uint64_t kIsRunning = 1;  // in Control::turn
+
+// False when another call runs. `turn`: what is before this one.
+__device__ inline bool TryTakeTurn(const GroupView& group, uint64_t* turn) {
+  *turn = OrAcquireDevice(&OwnControl(group)->turn, kIsRunning);
+  return !(*turn & kIsRunning);
+}
+
+__device__ inline void GiveTurn(const GroupView& group, uint64_t turn) {
+  StoreReleaseDevice(&OwnControl(group)->turn, turn);
+}
+
+static __device__ __noinline__ bool WaitForTurn(const GroupView& group, uint64_t* turn) {
   Failure failure{};
   failure.phase = Phase::kLock;
   failure.peer = group.rank;
   return WaitUntil(
-      group,
-      [&] { return TryLockDevice(&OwnControl(group)->is_locked); },
-      [] { return uint64_t{0}; },
-      failure);
+      group, [&] { return TryTakeTurn(group, turn); }, [] { return uint64_t{0}; }, failure);
 }
 
 __device__ inline uint64_t BeginFirst(const GroupView& group) {
@@ -81,16 +94,17 @@ __device__ inline uint64_t BeginFirst(const GroupView& group) {
   // All of these are under way at once: nearly always they find what they look for.
   Fault fault = own->fault;
   bool has_aborted = HasAborted(group);
-  bool has_lock = TryLockDevice(&own->is_locked);
+  uint64_t turn;
+  bool has_turn = TryTakeTurn(group, &turn);
   if (has_aborted || fault.skips || fault.delay_ns > 0) {
-    if (has_lock) UnlockDevice(&own->is_locked);
-    has_lock = false;
+    if (has_turn) GiveTurn(group, turn);
+    has_turn = false;
     if (fault.skips) return kAborted;
     for (uint64_t start = TimeNs(); TimeNs() - start < fault.delay_ns;) __nanosleep(1000);
     if (NoteAbort(group)) return kAborted;
   }
-  if (!has_lock && !WaitForLock(group)) return kAborted;
-  uint64_t epoch = own->epoch + 1;
+  if (!has_turn && !WaitForTurn(group, &turn)) return kAborted;
+  uint64_t epoch = turn / 2 + 1;
   // Edge 5: what this call writes to the halves of its parity was last read two calls ago.
 #pragma unroll 1
   for (int offset = 1; epoch > 2 && offset < group.num_ranks; ++offset) {
@@ -106,7 +120,7 @@ __device__ inline uint64_t BeginFirst(const GroupView& group) {
 __device__ inline uint64_t Begin(const GroupView& group, bool must_stage, const void* address) {
   LaunchState* launch = group.launch;
   uint64_t epoch;
-  if (AddAcqRelDevice(&launch->arrivals, 1) == 0) {
+  if (AddRelaxedDevice(&launch->arrivals, 1) == 0) {
     epoch = BeginFirst(group);
     StoreReleaseDevice(&launch->epoch, epoch);
     if (epoch != kAborted && !must_stage) Publish(group, epoch, address);
@@ -260,9 +274,10 @@ __device__ inline bool Complete(uint64_t* counter, int64_t count, int64_t total)
 
 // Edge 5. One thread, when all items are done.
 __device__ inline void TellConsumed(const GroupView& group, uint64_t epoch) {
+  FenceSystem();
 #pragma unroll 1
   for (int offset = 1; offset < group.num_ranks; ++offset) {
-    StoreReleaseSystem(&group.controls[Peer(group, offset)]->consumed[group.rank], epoch);
+    StoreRelaxedSystem(&group.controls[Peer(group, offset)]->consumed[group.rank], epoch);
   }
 }
 
@@ -278,8 +293,7 @@ __device__ inline void Finish(const GroupView& group, uint64_t epoch, bool must_
     int peer = Peer(group, offset);
     if (!WaitForFlag(group, &own->consumed[peer], epoch, Phase::kFinish, peer)) return;
   }
-  own->epoch = epoch;
-  UnlockDevice(&own->is_locked);
+  GiveTurn(group, 2 * epoch);
 }
 
 // All threads of every block, once its work is done and visible to it.

@@ -120,7 +120,7 @@ void Resets() {
   Print("meet", group.Meet());
   Print("other", other.Meet());
   GroupView view = group.View(1);
-  view.controls[1]->epoch = 7;
+  view.controls[1]->turn = 2 * 7;
   view.controls[1]->abort = 2;
   view.failure->kind = FailureKind::kTimeout;
   view.failure->rank = 1;
@@ -133,7 +133,7 @@ void Resets() {
   Print("restarted", group.Meet());
   Print("checked", group.Run(group.everyone(), check));
   printf("epoch %d abort %d\n",
-         static_cast<int>(view.controls[1]->epoch),
+         static_cast<int>(view.controls[1]->turn / 2),
          static_cast<int>(view.controls[1]->abort));
   Print("other restarted", other.Meet());
   view.failure->kind = FailureKind::kTimeout;

@@ -34,12 +34,14 @@ inline uint64_t AddRelaxedDevice(uint64_t* counter, uint64_t value) {
   return __atomic_fetch_add(counter, value, __ATOMIC_SEQ_CST);
 }
 
-inline bool TryLockDevice(uint32_t* lock) {
-  uint32_t expected = 0;
-  return __atomic_compare_exchange_n(
-      lock, &expected, 1u, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);
+inline uint32_t AddRelaxedDevice(uint32_t* counter, uint32_t value) {
+  return __atomic_fetch_add(counter, value, __ATOMIC_SEQ_CST);
 }
-inline void UnlockDevice(uint32_t* lock) { Store(lock, 0u); }
+inline uint64_t OrAcquireDevice(uint64_t* word, uint64_t bits) {
+  return __atomic_fetch_or(word, bits, __ATOMIC_SEQ_CST);
+}
+inline void FenceSystem() {}
+inline void StoreRelaxedSystem(uint64_t* flag, uint64_t value) { Store(flag, value); }
 
 inline uint64_t TimeNs() {
   return std::chrono::steady_clock::now().time_since_epoch() / std::chrono::nanoseconds(1);
