@@ -148,7 +148,7 @@ cudaError_t LaunchGroupCombineBackward(const GroupView& group,
         group.is_one_process ? 0 : NumChunks(plan.num_tokens * arrays.row_bytes);
     if (limits.has_bulk_copy && plan.top_k <= kMaxBulkTopK) {
       GroupCombineBackwardBulkKernel<T>
-          <<<limits.num_sms, kBulkWarps * kWarpSize, kRingBytes, stream>>>(params);
+          <<<limits.num_sms, kRingThreads, kRingBytes, stream>>>(params);
     } else {
       GroupCombineBackwardKernel<T><<<limits.num_sms, kTeams * kThreads, 0, stream>>>(params);
     }

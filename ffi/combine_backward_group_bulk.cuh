@@ -1,5 +1,5 @@
-// combine's backward in a group with bulk copies: every warp claims tokens, and has a ring of tiles
-// that are loading while earlier ones meet their gradient.
+// combine's backward in a group with bulk copies: one half of the warps claims tokens and loads
+// their tiles, in the other half rows meet their gradient.
 
 #ifndef JAX_MOE_EP_COMBINE_BACKWARD_GROUP_BULK_CUH_
 #define JAX_MOE_EP_COMBINE_BACKWARD_GROUP_BULK_CUH_
@@ -11,10 +11,12 @@ namespace jax_moe_ep {
 namespace {
 
 // A tile of a token's gradient, or rows of y that it meets.
-struct BackwardNote {
-  bool is_gradient;
+struct alignas(16) BackwardNote {
+  enum : uint32_t { kGradient = 1, kRows = 2, kEnd = 4 };
+  uint32_t what;
   int num_tiles;
   int bytes;        // of each
+  int num_claimed;  // with kEnd: pulls that are done now, 0 when a rank gave up
   uint32_t rows;    // with the last tiles of the token: a bit a k that has a row here
   float* dweights;  // likewise: of the token
 };
@@ -23,7 +25,9 @@ struct BackwardTileNote {
   float weight;
   void* dy;
 };
-using BackwardRing = TileRing<BackwardNote, BackwardTileNote>;
+using BackwardRings = Rings<BackwardNote, BackwardTileNote>;
+using BackwardWriter = RingWriter<BackwardNote, BackwardTileNote>;
+using BackwardReader = RingReader<BackwardNote, BackwardTileNote>;
 
 // A token of any rank that has rows here.
 struct BackwardToken {
@@ -34,31 +38,32 @@ struct BackwardToken {
   uint32_t rows;  // a bit a k
 };
 
-// What a warp feeds its ring with. The claim of a token, and the loads of its slots and weights,
-// are under way while the token before is fed.
+// The warp that fills a ring. The claim of a token, and the loads of its slots and weights, are
+// under way while the tiles of the token before are put.
 template <typename T>
 class BackwardFeeder {
  public:
   __device__ BackwardFeeder(const GroupBackwardParams<T>& p,
-                            BackwardRing& ring,
+                            BackwardWriter& ring,
                             WarpClaims& claims,
                             uint64_t epoch)
-      : p_(p), ring_(ring), claims_(claims), epoch_(epoch) {
+      : p_(p), ring_(ring), claims_(claims), epoch_(epoch) {}
+
+  // All tokens that the warp claims. Returns the first claim that is no pull, kNoItem when a rank
+  // gave up.
+  __device__ int64_t Feed() {
     Prepare();
-  }
-
-  // Until the ring is full or there are no more tokens. False when a rank gave up.
-  __device__ bool Feed() {
-    while (BeginToken() && PutGroup()) {
+    while (is_fine_ && has_next_) {
+      BackwardToken now = next_;
+      Prepare();
+      PutToken(now);
     }
-    return is_fine_;
+    BackwardNote note{};
+    note.what = BackwardNote::kEnd;
+    note.num_claimed = is_fine_ ? num_claimed_ : 0;
+    ring_.Put(0, 0, note, -1, nullptr, {});
+    return is_fine_ ? position_ : kNoItem;
   }
-
-  __device__ int64_t num_claimed() const { return num_claimed_; }
-
-  // The first claim that is no pull, and those after it.
-  __device__ int64_t position() const { return position_; }
-  __device__ int64_t NextPosition() { return position_ = claims_.Next(); }
 
  private:
   // Takes claims up to the next token with rows.
@@ -89,69 +94,41 @@ class BackwardFeeder {
     has_next_ = true;
   }
 
-  // Whether there are tiles to put.
-  __device__ bool BeginToken() {
-    if (is_in_token_) return true;
-    if (!has_next_) return false;
-    now_ = next_;
-    is_in_token_ = true;
-    num_put_ = 0;
-    column_ = 0;
-    int lane = threadIdx.x % kWarpSize;
-    batch_ = 1 + __popc(now_.rows);
-    place_ = now_.slot >= 0 ? 1 + __popc(now_.rows & ((1u << lane) - 1)) : -1;
-    const T* gradients = p_.Gradients(now_.source, epoch_) + now_.token * p_.hidden;
-    gradient_ = reinterpret_cast<const char*>(gradients);
-    Prepare();
-    return true;
-  }
-
-  // A group of tiles of some columns: the gradient's alone, or rows in the order of k; lane k puts
-  // its row. False when the ring is full.
-  __device__ bool PutGroup() {
-    bool is_gradient = num_put_ == 0;
-    int num_tiles = is_gradient ? 1 : min(batch_ - num_put_, kGroupTiles);
-    if (!ring_.HasRoom(num_tiles)) return false;
-    int lane = threadIdx.x % kWarpSize;
-    int64_t row_bytes = p_.hidden * sizeof(T), start = now_.slot * row_bytes + column_;
-    int bytes = static_cast<int>(min(int64_t{kTileBytes}, row_bytes - column_));
-    BackwardNote note{is_gradient, num_tiles, bytes, 0, nullptr};
-    int end = num_put_ + num_tiles;
-    if (end == batch_ && column_ + kTileBytes >= row_bytes) {
-      note.rows = now_.rows;
-      note.dweights = p_.WeightGradients(now_.source, epoch_) + now_.token * p_.plan.top_k;
+  // For some columns after others: the gradient's tile, then those of the rows in the order of k;
+  // lane k puts its row.
+  __device__ void PutToken(const BackwardToken& now) {
+    int lane = threadIdx.x % kWarpSize, num_rows = __popc(now.rows);
+    int row = now.slot >= 0 ? __popc(now.rows & ((1u << lane) - 1)) : -1;
+    int64_t row_bytes = p_.hidden * sizeof(T), start = now.slot * row_bytes;
+    const T* gradients = p_.Gradients(now.source, epoch_) + now.token * p_.hidden;
+    const char* gradient = reinterpret_cast<const char*>(gradients);
+    const char* y = reinterpret_cast<const char*>(p_.y) + start;
+    char* dy = reinterpret_cast<char*>(p_.dy) + start;
+    for (int64_t column = 0; column < row_bytes; column += kTileBytes) {
+      int bytes = static_cast<int>(min(int64_t{kTileBytes}, row_bytes - column));
+      ring_.Put(1, bytes, {BackwardNote::kGradient, 1, bytes}, lane, gradient + column, {});
+      for (int begin = 0; begin < num_rows; begin += kGroupTiles) {
+        int num_tiles = min(num_rows - begin, kGroupTiles);
+        BackwardNote note{BackwardNote::kRows, num_tiles, bytes};
+        if (begin + num_tiles == num_rows && column + kTileBytes >= row_bytes) {
+          note.rows = now.rows;
+          note.dweights = p_.WeightGradients(now.source, epoch_) + now.token * p_.plan.top_k;
+        }
+        ring_.Put(num_tiles, bytes, note, row - begin, y + column, {lane, now.weight, dy + column});
+      }
     }
-    int tile = (is_gradient ? lane : place_) - num_put_;
-    const char* from = reinterpret_cast<const char*>(p_.y) + start;
-    if (is_gradient) from = gradient_ + column_;
-    BackwardTileNote tile_note{lane, now_.weight, reinterpret_cast<char*>(p_.dy) + start};
-    ring_.Put(num_tiles, bytes, note, tile, from, tile_note);
-    num_put_ = end;
-    if (num_put_ < batch_) return true;
-    num_put_ = 0;
-    column_ += kTileBytes;
-    is_in_token_ = column_ < row_bytes;
-    return true;
   }
 
   const GroupBackwardParams<T>& p_;
-  BackwardRing& ring_;
+  BackwardWriter& ring_;
   WarpClaims& claims_;
   uint64_t epoch_;
   WarpReady ready_;
   bool is_fine_ = true;
-  int64_t num_claimed_ = 0;
+  int num_claimed_ = 0;
   int64_t position_ = 0;
   bool has_next_ = false;
   BackwardToken next_{};
-  // What is being fed.
-  BackwardToken now_{};
-  bool is_in_token_ = false;
-  int batch_ = 0;       // tiles of some columns
-  int num_put_ = 0;     // of them
-  int place_ = -1;      // in the batch, of this lane's row
-  int64_t column_ = 0;  // in bytes
-  const char* gradient_ = nullptr;
 };
 
 // The gradient's tile, and the dot products of the token so far.
@@ -220,72 +197,84 @@ __device__ bool CollectByWarp(const GroupBackwardParams<T>& p, uint64_t epoch, i
   return true;
 }
 
-// As GroupCombineBackwardKernel, for at most kMaxBulkTopK experts a token. Rows are zeroed in
-// between, so that memory has work while pulls wait for the link. Launch: any number of blocks of
-// kBulkWarps warps, with kRingBytes of shared memory.
+// Uses what another warp puts into the ring. Rows are zeroed in between, so that memory has work
+// while pulls wait for the link.
 template <typename T>
-__global__ void __launch_bounds__(kBulkWarps* kWarpSize, 1)
+__device__ void UsePulls(const GroupBackwardParams<T>& p,
+                         BackwardReader& ring,
+                         uint64_t epoch,
+                         const uint4* zeros) {
+  TileGradient<T> gradient;
+  int64_t row, row_bytes = p.hidden * sizeof(T);
+  int64_t worker = int64_t{RingOfWarp()} * gridDim.x + blockIdx.x;
+  ZeroRows zero(p.plan, worker, int64_t{gridDim.x} * kRings);
+  char* dy = reinterpret_cast<char*>(p.dy);
+  int64_t count;
+  for (;;) {
+    BackwardNote note = ring.Front();
+    if (note.what & BackwardNote::kGradient) gradient.Take(ring.Tile(0));
+    if (note.what & BackwardNote::kRows) {
+#pragma unroll 1
+      for (int n = 0; n < note.num_tiles; ++n) {
+        gradient.Meet(ring.Tile(n), note.bytes, ring.NoteOf(n));
+      }
+    }
+    ring.Pop(note.num_tiles);
+    count = note.num_claimed;
+    if (note.what & BackwardNote::kEnd) break;
+    if (note.dweights == nullptr) continue;
+    gradient.EndToken(note);
+    if (zero.Next(&row)) {
+      BulkZeroRow(dy + row * row_bytes, row_bytes, zeros, kTileBytes);
+      ptx::BulkCommitGroup();
+    }
+  }
+  __syncwarp();
+  if (threadIdx.x % kWarpSize == 0) CompletePulls(p, epoch, count);
+  while (zero.Next(&row)) {
+    BulkZeroRow(dy + row * row_bytes, row_bytes, zeros, kTileBytes);
+  }
+  ptx::BulkCommitGroup();
+  ptx::BulkWaitAll();
+}
+
+// As GroupCombineBackwardKernel, for at most kMaxBulkTopK experts a token. Launch: any number of
+// blocks of kRingThreads, with kRingBytes of shared memory.
+template <typename T>
+__global__ void __launch_bounds__(kRingThreads, 1)
     GroupCombineBackwardBulkKernel(const __grid_constant__ GroupBackwardParams<T> p) {
 #if __CUDA_ARCH__ >= 900  // older ones are never launched with it
   extern __shared__ __align__(128) char tiles[];
-  __shared__ RingNotes<BackwardNote, BackwardTileNote> notes;
+  __shared__ BackwardRings rings;
   __shared__ uint4 zeros[kTileBytes / kVecBytes];
   __shared__ uint64_t epoch;
-  int warp = threadIdx.x / kWarpSize;
-  BackwardRing ring(tiles, notes);
+  rings.Init();
   for (int i = threadIdx.x; i < kTileBytes / kVecBytes; i += blockDim.x) {
     zeros[i] = make_uint4(0, 0, 0, 0);
   }
   ptx::FenceProxyAsyncShared();
-  WarpClaims claims(p.group);
   if (threadIdx.x == 0) epoch = Begin(p.group, true, nullptr);
   __syncthreads();
   if (epoch != kAborted) {
     StageGradients(p, epoch);
-    BackwardFeeder<T> feeder(p, ring, claims, epoch);
-    TileGradient<T> gradient;
-    int64_t row, row_bytes = p.hidden * sizeof(T);
-    ZeroRows zero(p.plan, int64_t{warp} * gridDim.x + blockIdx.x, int64_t{gridDim.x} * kBulkWarps);
-    char* dy = reinterpret_cast<char*>(p.dy);
-    bool goes_on = true;
-    for (;;) {
-      if (goes_on && ring.IsHalfEmpty()) goes_on = feeder.Feed();
-      if (ring.IsEmpty()) break;
-      BackwardNote note = ring.Front();
-      if (note.is_gradient) {
-        gradient.Take(ring.Tile(0));
-      } else {
-#pragma unroll 1
-        for (int n = 0; n < note.num_tiles; ++n) {
-          gradient.Meet(ring.Tile(n), note.bytes, ring.NoteOf(n));
-        }
+    if (FillsRing()) {
+      WarpClaims claims(p.group);
+      BackwardWriter ring(tiles, rings);
+      int64_t position = BackwardFeeder<T>(p, ring, claims, epoch).Feed();
+      int64_t chunks = 0, num_items = p.num_pulls() + p.num_table_chunks();
+      for (; position < num_items; position = claims.Next(), ++chunks) {
+        if (!CollectByWarp(p, epoch, position - p.num_pulls())) break;
       }
-      ring.Pop(note.num_tiles);
-      if (note.dweights == nullptr) continue;
-      gradient.EndToken(note);
-      if (zero.Next(&row)) {
-        BulkZeroRow(dy + row * row_bytes, row_bytes, zeros, kTileBytes);
-        ptx::BulkCommitGroup();
+      __syncwarp();
+      bool is_last = threadIdx.x % kWarpSize == 0 &&
+                     Complete(&p.group.launch->done, chunks, p.num_table_chunks());
+      if (is_last) {
+        TellConsumed(p.group, epoch);
+        Finish(p.group, epoch, p.group.is_one_process);
       }
-    }
-    __syncwarp();
-    bool is_first_lane = threadIdx.x % kWarpSize == 0;
-    if (goes_on && is_first_lane) CompletePulls(p, epoch, feeder.num_claimed());
-    while (zero.Next(&row)) {
-      BulkZeroRow(dy + row * row_bytes, row_bytes, zeros, kTileBytes);
-    }
-    ptx::BulkCommitGroup();
-    int64_t chunks = 0, num_items = p.num_pulls() + p.num_table_chunks();
-    for (; goes_on && feeder.position() < num_items; feeder.NextPosition(), ++chunks) {
-      goes_on = CollectByWarp(p, epoch, feeder.position() - p.num_pulls());
-    }
-    ptx::BulkWaitAll();
-    __syncwarp();
-    bool is_last =
-        goes_on && is_first_lane && Complete(&p.group.launch->done, chunks, p.num_table_chunks());
-    if (is_last) {
-      TellConsumed(p.group, epoch);
-      Finish(p.group, epoch, p.group.is_one_process);
+    } else {
+      BackwardReader ring(tiles, rings);
+      UsePulls(p, ring, epoch, zeros);
     }
   }
   End(p.group, [&] {

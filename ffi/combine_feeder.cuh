@@ -1,5 +1,5 @@
-// What a warp of combine loads next: pieces are claimed, and the tiles that they need put into its
-// ring, in the order in which they are added.
+// The warp of combine that fills a ring: it claims pieces and puts the tiles that they need, in the
+// order in which they are added.
 
 #ifndef JAX_MOE_EP_COMBINE_FEEDER_CUH_
 #define JAX_MOE_EP_COMBINE_FEEDER_CUH_
@@ -18,21 +18,24 @@ struct alignas(16) CombineNote {
     kSent = 4,       // this rank's partial is complete, for a peer
     kKept = 8,       // or for the sum
     kLastTile = 16,  // the sum is complete
+    kEnd = 32,       // no group follows
   };
   uint32_t what;
   int num_tiles;
-  int bytes;       // of each
-  void* out;       // of a complete partial for a peer, or of a complete sum
-  uint64_t* flag;  // to raise
+  int bytes;        // of each
+  int num_claimed;  // with kEnd: items that are done now, 0 when a rank gave up
+  void* out;        // of a complete partial for a peer, or of a complete sum
+  uint64_t* flag;   // to raise
 };
-using CombineRing = TileRing<CombineNote, float>;
+using CombineRings = Rings<CombineNote, float>;
+using CombineWriter = RingWriter<CombineNote, float>;
+using CombineReader = RingReader<CombineNote, float>;
 
-// A token of a piece on the way into the ring.
+// A token of a piece on the way into the ring, of k = lane.
 struct CombineToken {
-  int32_t slot;    // of k = lane
-  int32_t owner;   // likewise; of a sum alone
-  float weight;    // likewise
-  uint32_t ranks;  // a bit a rank: whose partials make the result; once the token is next
+  int32_t slot;
+  int32_t owner;  // of a sum alone
+  float weight;
 };
 
 // The tiles that make the result of some columns of a token: first this rank's rows, in the order
@@ -45,17 +48,17 @@ struct CombineBatch {
   int partial;   // likewise of its partial
   int turn;      // after how many tiles this rank's partial is added to the sum, -1 for never
 
-  CombineBatch() = default;
-  __device__ CombineBatch(const CombineToken& token, int me) {
+  // ranks: whose partials make the result.
+  __device__ CombineBatch(const CombineToken& token, uint32_t ranks, int me) {
     int lane = threadIdx.x % kWarpSize;
     uint32_t lanes_below = (1u << lane) - 1, own = 1u << me;
     uint32_t rows = __ballot_sync(kAllLanes, token.slot >= 0);
     num_rows = __popc(rows);
-    size = num_rows + __popc(token.ranks & ~own);
+    size = num_rows + __popc(ranks & ~own);
     row = token.slot >= 0 ? __popc(rows & lanes_below) : -1;
-    bool has_partial = lane != me && (token.ranks >> lane & 1);
-    partial = has_partial ? num_rows + __popc(token.ranks & ~own & lanes_below) : -1;
-    turn = num_rows > 0 ? num_rows + __popc(token.ranks & (own - 1)) : -1;
+    bool has_partial = lane != me && (ranks >> lane & 1);
+    partial = has_partial ? num_rows + __popc(ranks & ~own & lanes_below) : -1;
+    turn = num_rows > 0 ? num_rows + __popc(ranks & (own - 1)) : -1;
   }
 
   // Where the group ends that begins at a place: rows and partials do not mix, nor partials before
@@ -66,41 +69,41 @@ struct CombineBatch {
   }
 };
 
-// What a warp feeds its ring with. The claim of a piece, and the loads of what its first token
-// needs, are under way while the piece before is fed.
+// The claim of a piece, and the loads of what its first token needs, are under way while the tiles
+// of the piece before are put. It may wait for peers at any time: the other warp goes on with what
+// has been put.
 template <typename T>
 class CombineFeeder {
  public:
   __device__ CombineFeeder(const GroupCombineParams<T>& p,
-                           CombineRing& ring,
+                           CombineWriter& ring,
                            WarpClaims& claims,
                            uint64_t epoch)
       : p_(p), ring_(ring), claims_(claims), epoch_(epoch) {}
 
-  // Puts groups until the ring is full, there are no more, or partials that have not landed are
-  // next. For these it waits only when the ring is empty: what it claimed before is done then.
-  // False when a rank gave up.
-  __device__ bool Feed() {
-    while (is_fine_ && !IsDone()) {
-      if (token_ == piece_.end_token) {
-        if (!EndPiece()) break;
-        continue;
-      }
-      if (!has_begun_) BeginToken();
-      if (has_begun_ && !PutGroups()) break;
+  // All that the warp claims.
+  __device__ void Feed() {
+    Prepare();
+    while (is_fine_ && next_.offset >= 0) {
+      item_ = next_;
+      piece_ = next_piece_;
+      now_ = next_token_;
+      Prepare();
+      PutPiece();
     }
-    return is_fine_;
+    CombineNote note{};
+    note.what = CombineNote::kEnd;
+    note.num_claimed = is_fine_ ? num_claimed_ : 0;
+    PutNote(note);
   }
-
-  __device__ int64_t num_claimed() const { return num_claimed_; }
 
  private:
   __device__ int lane() const { return threadIdx.x % kWarpSize; }
   __device__ int me() const { return p_.group.rank; }
-  __device__ bool IsDone() const { return item_.offset < 0; }
   __device__ bool IsPush() const { return item_.offset > 0; }
+  __device__ void PutNote(const CombineNote& note) { ring_.Put(0, 0, note, -1, nullptr, 0); }
 
-  // Takes the next claim, and loads what its first token needs.
+  // Takes the next claim, and loads what its first token needs. Below 0 there is none.
   __device__ void Prepare() {
     int64_t position = claims_.Next();
     next_.offset = -1;
@@ -108,17 +111,14 @@ class CombineFeeder {
     ++num_claimed_;
     next_ = p_.order.Find(position);
     int source = Peer(p_.group, next_.offset);
-    if (next_.offset > 0 && !ready_.Wait(p_.group, epoch_, source)) {
-      next_.offset = -1;
-      is_fine_ = false;
-      return;
-    }
+    if (next_.offset > 0) is_fine_ = is_fine_ && ready_.Wait(p_.group, epoch_, source);
+    if (!is_fine_) return;
     next_piece_ = p_.pieces.At(next_.piece);
     next_token_ = Load(next_.offset, source, next_piece_.first_token);
   }
 
   __device__ CombineToken Load(int offset, int source, int64_t token) const {
-    CombineToken loaded{-1, -1, 1.0f, 0};
+    CombineToken loaded{-1, -1, 1.0f};
     if (lane() < p_.plan.top_k) {
       loaded.slot = p_.Slots(source, token)[lane()];
       const float* weights = p_.Weights(source, token, epoch_);
@@ -128,133 +128,97 @@ class CombineFeeder {
     return loaded;
   }
 
-  __device__ void MakeRanks() {
-    if (IsPush()) {
-      now_.ranks = __any_sync(kAllLanes, now_.slot >= 0) ? 1u << me() : 0;
-      return;
+  // Its tiles, then the flag of a push, but for one without rows: owners say so, nobody waits.
+  __device__ void PutPiece() {
+    bool has_put = false;
+    for (int64_t token = piece_.first_token; is_fine_;) {
+      has_put |= PutToken(token);
+      if (++token == piece_.end_token) break;
+      now_ = Load(item_.offset, Peer(p_.group, item_.offset), token);
     }
-    now_.ranks = now_.owner >= 0 ? 1u << now_.owner : 0;
-    now_.ranks = __reduce_or_sync(kAllLanes, now_.ranks);
+    if (!is_fine_ || !IsPush() || !has_put) return;
+    CombineNote note{};
+    note.flag = p_.LandedFlag(Peer(p_.group, item_.offset), me(), item_.piece, epoch_);
+    PutNote(note);
   }
 
-  // The flag of a finished push, then the piece that was prepared. False when the ring is full.
-  __device__ bool EndPiece() {
-    if (has_put_) {
-      if (!ring_.HasRoom(0)) return false;
-      CombineNote note{};
-      note.flag = p_.LandedFlag(Peer(p_.group, item_.offset), me(), item_.piece, epoch_);
-      ring_.Put(0, 0, note, -1, nullptr, 0);
-      has_put_ = false;
-    }
-    item_ = next_;
-    if (IsDone()) return true;
-    piece_ = next_piece_;
-    token_ = piece_.first_token;
-    now_ = next_token_;
-    MakeRanks();
-    Prepare();
-    return true;
+  // Which ranks' partials make the result of the token: a bit a rank.
+  __device__ uint32_t Ranks() const {
+    if (IsPush()) return __any_sync(kAllLanes, now_.slot >= 0) ? 1u << me() : 0;
+    uint32_t owner = now_.owner >= 0 ? 1u << now_.owner : 0;
+    return __reduce_or_sync(kAllLanes, owner);
   }
 
-  __device__ void NextToken() {
-    has_begun_ = false;
-    if (++token_ == piece_.end_token) return;
-    now_ = Load(item_.offset, Peer(p_.group, item_.offset), token_);
-    MakeRanks();
-  }
-
-  // Whether bulk copies may read the peers' partials of the token. Waits for them when all else is
-  // done.
-  __device__ bool HasLanded() {
-    if (has_landed_) return true;
-    bool counts = lane() != me() && (now_.ranks >> lane() & 1);
-    const uint64_t* flag = p_.LandedFlag(me(), lane(), item_.piece, epoch_);
-    bool is_missing = counts && LoadAcquireSystem(flag) < epoch_;
-    if (__any_sync(kAllLanes, is_missing)) {
-      if (!ring_.IsEmpty() || num_put_ < batch_.num_rows) return false;
-      is_missing = counts && !WaitForFlag(p_.group, flag, epoch_, Phase::kLanded, lane());
-      is_fine_ = !__any_sync(kAllLanes, is_missing);
-      if (!is_fine_) return false;
+  // The groups of the token's columns. False when there are none.
+  __device__ bool PutToken(int64_t token) {
+    uint32_t ranks = Ranks();
+    if (IsPush() && ranks == 0) return false;
+    CombineBatch batch(now_, ranks, me());
+    int64_t row_bytes = p_.pieces.row_bytes, start = token * row_bytes + piece_.first_byte;
+    const char* row = reinterpret_cast<const char*>(p_.y) + piece_.first_byte;
+    row += now_.slot * row_bytes;
+    const char* partial = nullptr;
+    if (batch.partial >= 0) {
+      partial = reinterpret_cast<const char*>(p_.Landing(me(), lane(), epoch_)) + start;
     }
-    __syncwarp();  // some lanes have acquired for those that load
-    ptx::FenceProxyAsync();
-    has_landed_ = true;
-    return true;
-  }
-
-  __device__ void BeginToken() {
-    if (IsPush() && now_.ranks == 0) {  // owners say so: nobody waits
-      NextToken();
-      return;
-    }
-    has_begun_ = true;
-    batch_ = CombineBatch(now_, me());
-    has_landed_ = batch_.size == batch_.num_rows;
-    num_put_ = 0;
-    bytes_left_ = piece_.end_byte - piece_.first_byte;
-    int64_t row_bytes = p_.pieces.row_bytes, start = token_ * row_bytes + piece_.first_byte;
-    row_ = reinterpret_cast<const char*>(p_.y) + now_.slot * row_bytes + piece_.first_byte;
-    if (batch_.partial >= 0) {
-      partial_ = reinterpret_cast<const char*>(p_.Landing(me(), lane(), epoch_)) + start;
-    }
-    T* out = IsPush() ? p_.Landing(Peer(p_.group, item_.offset), me(), epoch_) : p_.out;
-    out_ = reinterpret_cast<char*>(out) + start;
-  }
-
-  // The token's groups, column after column. False when one cannot be put yet.
-  __device__ bool PutGroups() {
+    T* result = IsPush() ? p_.Landing(Peer(p_.group, item_.offset), me(), epoch_) : p_.out;
+    char* out = reinterpret_cast<char*>(result) + start;
     uint32_t at_turn = IsPush() ? CombineNote::kSent : CombineNote::kKept;
     uint32_t at_end = IsPush() ? 0 : CombineNote::kLastTile;
-    while (bytes_left_ > 0) {
-      int end = batch_.EndOfGroup(num_put_), num_tiles = end - num_put_;
-      if (!ring_.HasRoom(num_tiles)) return false;
-      bool is_rows = num_put_ < batch_.num_rows;
-      if (!is_rows && !HasLanded()) return false;
+    bool has_landed = false;
+    int64_t bytes_left = piece_.end_byte - piece_.first_byte;
+    int begin = 0;
+    while (bytes_left > 0) {
+      int end = batch.EndOfGroup(begin), num_tiles = end - begin;
+      bool is_rows = begin < batch.num_rows;
+      if (!is_rows && !has_landed) {
+        if (!WaitForPartials(batch)) return true;
+        has_landed = true;
+      }
       uint32_t what = is_rows ? CombineNote::kRows : CombineNote::kPartials;
-      if (end == batch_.turn) what |= at_turn;
-      if (end == batch_.size) what |= at_end;
-      int bytes = static_cast<int>(min(int64_t{kTileBytes}, bytes_left_));
-      CombineNote note{what, num_tiles, bytes, out_, nullptr};
-      int tile = (is_rows ? batch_.row : batch_.partial) - num_put_;
-      ring_.Put(num_tiles, bytes, note, tile, is_rows ? row_ : partial_, now_.weight);
-      num_put_ = end;
-      if (end < batch_.size) continue;
-      num_put_ = 0;
-      bytes_left_ -= kTileBytes;
-      row_ += kTileBytes;
-      partial_ += kTileBytes;
-      out_ += kTileBytes;
+      if (end == batch.turn) what |= at_turn;
+      if (end == batch.size) what |= at_end;
+      int bytes = static_cast<int>(min(int64_t{kTileBytes}, bytes_left));
+      CombineNote note{what, num_tiles, bytes, 0, out, nullptr};
+      int tile = (is_rows ? batch.row : batch.partial) - begin;
+      ring_.Put(num_tiles, bytes, note, tile, is_rows ? row : partial, now_.weight);
+      begin = end;
+      if (end < batch.size) continue;
+      begin = 0;
+      bytes_left -= kTileBytes;
+      row += kTileBytes;
+      partial += kTileBytes;
+      out += kTileBytes;
     }
-    has_put_ = IsPush();
-    NextToken();
     return true;
+  }
+
+  // Until bulk copies may read the peers' partials of the piece. False when a rank gave up.
+  __device__ bool WaitForPartials(const CombineBatch& batch) {
+    const uint64_t* flag = p_.LandedFlag(me(), lane(), item_.piece, epoch_);
+    bool has_landed =
+        batch.partial < 0 || WaitForFlag(p_.group, flag, epoch_, Phase::kLanded, lane());
+    is_fine_ = !__any_sync(kAllLanes, !has_landed);
+    __syncwarp();  // some lanes have acquired for those that load
+    ptx::FenceProxyAsync();
+    return is_fine_;
   }
 
   const GroupCombineParams<T>& p_;
-  CombineRing& ring_;
+  CombineWriter& ring_;
   WarpClaims& claims_;
   uint64_t epoch_;
   WarpReady ready_;
   bool is_fine_ = true;
-  int64_t num_claimed_ = 0;
-  // The next piece; an empty one at first.
-  CombineItem next_{0, 0};
+  int num_claimed_ = 0;
+  // The next piece.
+  CombineItem next_{-1, 0};
   Piece next_piece_{};
   CombineToken next_token_{};
-  // What is being fed.
-  CombineItem item_{0, 0};
+  // The one whose tiles are put.
+  CombineItem item_{-1, 0};
   Piece piece_{};
-  int64_t token_ = 0;
   CombineToken now_{};
-  bool has_begun_ = false;   // the token
-  bool has_landed_ = false;  // its partials
-  bool has_put_ = false;     // tiles of the piece, whose flag is due
-  CombineBatch batch_{};
-  int num_put_ = 0;                // of the batch
-  int64_t bytes_left_ = 0;         // of the columns, from here on
-  const char* row_ = nullptr;      // there, of this lane's k
-  const char* partial_ = nullptr;  // likewise, of the rank that this lane stands for
-  char* out_ = nullptr;
 };
 
 }  // namespace

@@ -197,8 +197,7 @@ cudaError_t LaunchGroupCombine(const GroupView& group,
     int64_t ahead = std::min(params.pieces.size(), kPiecesAhead);
     params.order = {group.num_ranks, params.pieces.size(), ahead};
     if (is_bulk) {
-      GroupCombineBulkKernel<T>
-          <<<limits.num_sms, kBulkWarps * kWarpSize, kRingBytes, stream>>>(params);
+      GroupCombineBulkKernel<T><<<limits.num_sms, kRingThreads, kRingBytes, stream>>>(params);
     } else {
       GroupCombineKernel<T><<<limits.num_sms, kTeams * kThreads, 0, stream>>>(params);
     }

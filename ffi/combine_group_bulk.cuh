@@ -1,5 +1,5 @@
-// combine in a group with bulk copies: every warp claims pieces, and has a ring of tiles that are
-// loading while it adds up earlier ones.
+// combine in a group with bulk copies: one half of the warps claims pieces and loads their tiles,
+// the other adds them up.
 
 #ifndef JAX_MOE_EP_COMBINE_GROUP_BULK_CUH_
 #define JAX_MOE_EP_COMBINE_GROUP_BULK_CUH_
@@ -76,20 +76,12 @@ struct TileSums {
   }
 };
 
-// All that the warp claims. Returns how many items; false in `goes_on` when a rank gave up: what is
-// loading has landed all the same.
+// Adds up what another warp puts into the ring. Returns how many items are done, 0 when a rank gave
+// up.
 template <typename T>
-__device__ int64_t CombineByWarp(const GroupCombineParams<T>& p,
-                                 CombineRing& ring,
-                                 WarpClaims& claims,
-                                 uint64_t epoch,
-                                 bool* goes_on) {
-  CombineFeeder<T> feeder(p, ring, claims, epoch);
+__device__ int64_t AddUp(CombineReader& ring, uint64_t epoch) {
   TileSums<T> sums;
-  *goes_on = true;
   for (;;) {
-    if (*goes_on && ring.IsHalfEmpty()) *goes_on = feeder.Feed();
-    if (ring.IsEmpty()) break;
     CombineNote note = ring.Front();
     if (note.what & CombineNote::kRows) {
 #pragma unroll 2
@@ -103,40 +95,43 @@ __device__ int64_t CombineByWarp(const GroupCombineParams<T>& p,
     if (note.what & CombineNote::kSent) sums.SendPartial(note);
     if (note.what & CombineNote::kKept) sums.KeepPartial();
     if (note.what & CombineNote::kLastTile) sums.EndSum(note);
-    if (note.flag == nullptr) continue;
     __syncwarp();
-    if (threadIdx.x % kWarpSize == 0) StoreReleaseSystem(note.flag, epoch);
+    if (note.what & CombineNote::kEnd) return note.num_claimed;
+    if (note.flag != nullptr && threadIdx.x % kWarpSize == 0) StoreReleaseSystem(note.flag, epoch);
   }
-  return feeder.num_claimed();
 }
 
 // As GroupCombineKernel, for at most kMaxBulkTopK experts a token. Launch: any number of blocks of
-// kBulkWarps warps, with kRingBytes of shared memory.
+// kRingThreads, with kRingBytes of shared memory.
 template <typename T>
-__global__ void __launch_bounds__(kBulkWarps* kWarpSize, 1)
+__global__ void __launch_bounds__(kRingThreads, 1)
     GroupCombineBulkKernel(const __grid_constant__ GroupCombineParams<T> p) {
 #if __CUDA_ARCH__ >= 900  // older ones are never launched with it
   extern __shared__ __align__(128) char tiles[];
-  __shared__ RingNotes<CombineNote, float> notes;
+  __shared__ CombineRings rings;
   __shared__ uint64_t epoch;
-  CombineRing ring(tiles, notes);
+  rings.Init();
   ptx::FenceProxyAsyncShared();
   int64_t num_chunks = p.weights ? NumWarpChunks(p.plan.num_tokens * p.plan.top_k) : 0;
-  WarpClaims claims(p.group);
   if (threadIdx.x == 0) epoch = Begin(p.group, num_chunks > 0, nullptr);
   __syncthreads();
   if (epoch != kAborted) {
     Stage(p.group, epoch, nullptr, num_chunks, [&](int64_t chunk) {
       PushWeights(p.group, p.layout, p.plan, p.weights, epoch, chunk);
     });
-    bool goes_on;
-    int64_t count = CombineByWarp(p, ring, claims, epoch, &goes_on);
-    __syncwarp();
-    bool is_last = goes_on && threadIdx.x % kWarpSize == 0 &&
-                   Complete(&p.group.launch->done, count, p.order.size());
-    if (is_last) {
-      TellConsumed(p.group, epoch);
-      Finish(p.group, epoch, false);
+    if (FillsRing()) {
+      WarpClaims claims(p.group);
+      CombineWriter ring(tiles, rings);
+      CombineFeeder<T>(p, ring, claims, epoch).Feed();
+    } else {
+      CombineReader ring(tiles, rings);
+      int64_t count = AddUp<T>(ring, epoch);
+      bool is_last =
+          threadIdx.x % kWarpSize == 0 && Complete(&p.group.launch->done, count, p.order.size());
+      if (is_last) {
+        TellConsumed(p.group, epoch);
+        Finish(p.group, epoch, false);
+      }
     }
   }
   End(p.group, [&] { PoisonByBlock(p.out, p.plan.num_tokens * p.hidden * sizeof(T)); });

@@ -59,6 +59,10 @@ __device__ inline void MbarrierArriveExpectBytes(uint64_t* barrier, uint32_t byt
       : "memory");
 }
 
+__device__ inline void MbarrierArrive(uint64_t* barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(SharedAddress(barrier)) : "memory");
+}
+
 __device__ inline void MbarrierWait(uint64_t* barrier, uint32_t parity) {
   asm volatile(
       "{\n"

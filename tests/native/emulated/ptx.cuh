@@ -45,6 +45,7 @@ inline void FenceProxyAsyncShared() {}
 inline void MbarrierArriveExpectBytes(uint64_t* barrier, uint32_t bytes) {
   UpdateMbarrier(barrier, 1, static_cast<int32_t>(bytes));
 }
+inline void MbarrierArrive(uint64_t* barrier) { UpdateMbarrier(barrier, 1, 0); }
 inline void MbarrierWait(uint64_t* barrier, uint32_t parity) {
   while ((__builtin_bit_cast(Mbarrier, Load(barrier)).num_phases & 1) == parity) sched_yield();
 }
