@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jax_moe_ep as ep
@@ -247,7 +247,7 @@ def make_mesh(num_ranks: int) -> Mesh:
 @functools.cache
 def on_ranks(
     op: Callable[..., Any],
-    mesh: Mesh,
+    mesh: Mesh | AbstractMesh,
     axes: Sequence[str | tuple[str, ...]] = (AXIS,),
     check_vma: bool = True,
 ) -> Callable[..., Any]:
