@@ -44,7 +44,7 @@ def script(tmp_path: Path) -> Path:
 
 
 def start(logs: Path, *arguments: object) -> subprocess.Popen[str]:
-    """The launcher with two ranks on CPU devices."""
+    """The launcher with two ranks on CPU devices; pytest in them prints what it does by default."""
     command = [sys.executable, str(TESTS / "launch.py"), "--num-processes=2", f"--logs={logs}"]
     return subprocess.Popen(
         [*command, *map(str, arguments)],
@@ -52,7 +52,8 @@ def start(logs: Path, *arguments: object) -> subprocess.Popen[str]:
         stderr=subprocess.STDOUT,
         text=True,
         cwd=TESTS.parent,
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "JAX_MOE_EP_REQUIRE_GPUS": "0"},
+        env=os.environ
+        | {"JAX_PLATFORMS": "cpu", "JAX_MOE_EP_REQUIRE_GPUS": "0", "PYTEST_ADDOPTS": ""},
     )
 
 
