@@ -18,6 +18,10 @@ from jax_moe_ep.plan import Stats
 
 Activation = Literal["swiglu", "geglu"]
 
+# What tokamax's kernels for bf16 and fp16 want dimensions to be multiples of: their tiles are 128
+# bytes wide. C as well, over which the gradient of the weights is a sum.
+_TILE = 64
+
 _GATES: dict[str, Callable[[Array], Array]] = {"swiglu": jax.nn.silu, "geglu": jax.nn.gelu}
 
 
@@ -37,7 +41,8 @@ def moe_mlp(
 
     For every token: sum over k of w[k] * (act(x @ gate) * (x @ up)) @ down of expert topk_idx[k],
     where gate and up are the two halves of w_gate_up[e]. On CUDA the experts run through
-    `tokamax.ragged_dot`, elsewhere through `jax.lax.ragged_dot`.
+    `tokamax.ragged_dot`, elsewhere through `jax.lax.ragged_dot`. For bf16 and fp16 tokamax wants
+    C, H and F to be multiples of 64: on CUDA, arrays with others are copied, padded with zeros.
 
     Args:
       x: [..., H] tokens; the first dimension is sharded over token_axes.
@@ -133,7 +138,18 @@ def _ragged_dots() -> tuple[Callable[..., Array], Callable[..., Array]]:
 def _tokamax_ragged_dot(rows: Array, weights: Array, group_sizes: Array) -> Array:
     import tokamax  # pyright: ignore[reportMissingImports]  # only CUDA installs have it
 
-    return tokamax.ragged_dot(rows, weights, group_sizes)
+    num_rows, num_columns = rows.shape[0], weights.shape[2]
+    if rows.dtype.itemsize == 2:
+        rows, weights = _pad_to_tiles(rows, (0, 1)), _pad_to_tiles(weights, (1, 2))
+    return tokamax.ragged_dot(rows, weights, group_sizes)[:num_rows, :num_columns]
+
+
+def _pad_to_tiles(x: Array, axes: tuple[int, ...]) -> Array:
+    """Zeros behind x: at least one tile along each of the axes, and only whole ones."""
+    padding = [(0, 0)] * x.ndim
+    for axis in axes:
+        padding[axis] = (0, -x.shape[axis] % _TILE if x.shape[axis] else _TILE)
+    return jnp.pad(x, padding)
 
 
 def _check(

@@ -2,6 +2,8 @@
 
 import dataclasses
 import re
+import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +15,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jax_moe_ep as ep
+from jax_moe_ep import moe
 
 CASE = Case(T=8, K=2, E=4, R=2, A=16, H=8)
 F = 6
@@ -26,7 +29,7 @@ def mesh_of(shape=(2,), names=(AXIS,), axis_type=AxisType.Auto):
     return Mesh(found, names, axis_types=(axis_type,) * len(names))
 
 
-def make_inputs(case=CASE, maker="masked", lead=None):
+def make_inputs(case=CASE, maker="masked", lead=None, F=F):
     """x, ids, weights of R*T tokens, and the experts; `lead` is the shape of the tokens."""
     num_tokens = case.R * case.T
     lead = (num_tokens,) if lead is None else lead
@@ -187,12 +190,84 @@ def test_errors_of_dtypes():
         call((x, ids.astype(np.float32), *rest))
 
 
-def test_bf16_tokens_and_experts():
-    """The result keeps the dtype; some 2^4 roundings of 2^-9 each, relative to values of 10."""
-    x, ids, weights, *experts = make_inputs()
+def assert_like_dense_in_bf16(case, F):
+    """Results and gradients keep the dtype.
+
+    Some 2^4 roundings of 2^-9 each, relative to the largest values.
+    """
+    x, ids, weights, *experts = make_inputs(case, F=F)
+    dout = make_floats(*x.shape, seed=4)
     narrow = [each.astype(jnp.bfloat16) for each in (x, *experts)]
-    out, _ = jax.jit(lambda x, *experts: call((x, ids, weights, *experts)))(*narrow)
-    assert out.dtype == jnp.bfloat16
     wide = [each.astype(np.float32) for each in narrow]
-    expected = dense(wide[0], ids, weights, *wide[1:])
-    np.testing.assert_allclose(out.astype(np.float32), expected, rtol=2.0**-5, atol=10 * 2.0**-5)
+
+    def sparse(x, *experts):
+        return call((x, ids, weights, *experts), config=case.config("auto"))[0]
+
+    def results(layer, inputs):
+        out, pull = jax.vjp(jax.jit(layer), *inputs)
+        return out, *pull(jax.device_put(dout.astype(out.dtype), out.sharding))
+
+    actual = results(sparse, narrow)
+    with jax.default_matmul_precision("highest"):
+        expected = results(lambda x, *experts: dense(x, ids, weights, *experts), wide)
+    for a, e in zip(actual, expected, strict=True):
+        assert a.dtype == jnp.bfloat16
+        limit = 2.0**-5 * np.abs(e).max(initial=0)
+        np.testing.assert_allclose(a.astype(np.float32), e, rtol=0, atol=limit)
+
+
+@pytest.mark.parametrize(("T", "A", "F"), [(8, 16, 6), (9, 1, 100), (32, 64, 64)])
+def test_bf16_tokens_and_experts(T, A, F):
+    """C is 32, 36 or 128: rows and experts are whole tiles of tokamax's or not."""
+    H = 64 if F == 64 else 8
+    assert_like_dense_in_bf16(dataclasses.replace(CASE, T=T, A=A, H=H), F)
+
+
+# tokamax's kernels for bf16 on Hopper, as far as a machine without a GPU can have them.
+
+
+@jax.custom_vjp
+def hopper_ragged_dot(rows, weights, group_sizes):
+    """lax.ragged_dot for whole tiles only: their TMA refuses others."""
+    sizes = (*rows.shape, weights.shape[2])
+    if any(size == 0 or size % 64 for size in sizes):
+        raise ValueError(f"no whole tiles: {sizes}")
+    return jax.lax.ragged_dot(rows, weights, group_sizes)
+
+
+def hopper_forward(rows, weights, group_sizes):
+    return hopper_ragged_dot(rows, weights, group_sizes), (rows, weights, group_sizes)
+
+
+def hopper_backward(residuals, dout):
+    rows, weights, group_sizes = residuals
+    drows = hopper_ragged_dot(dout, weights.mT, group_sizes)
+    dweights = jax.vjp(lambda w: jax.lax.ragged_dot(rows, w, group_sizes), weights)[1](dout)[0]
+    return drows, dweights, None
+
+
+hopper_ragged_dot.defvjp(hopper_forward, hopper_backward)
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """These kernels as tokamax's on all platforms, and the shapes that they are called with."""
+    seen = []
+
+    def ragged_dot(rows, weights, group_sizes):
+        seen.append((rows.shape, weights.shape))
+        return hopper_ragged_dot(rows, weights, group_sizes)
+
+    def matmul(*args):  # of this test: JAX keeps what it has traced by the function
+        return moe._tokamax_ragged_dot(*args)
+
+    monkeypatch.setitem(sys.modules, "tokamax", types.SimpleNamespace(ragged_dot=ragged_dot))
+    monkeypatch.setattr(moe, "_ragged_dots", lambda: (matmul, matmul))
+    return seen
+
+
+@pytest.mark.parametrize(("T", "H", "F"), [(0, 8, 10), (9, 72, 70), (32, 64, 32)])
+def test_tokamax_gets_whole_tiles(hopper, T, H, F):
+    """C is 0, 36 or 128."""
+    assert_like_dense_in_bf16(dataclasses.replace(CASE, T=T, A=1, H=H), F)
+    assert hopper
