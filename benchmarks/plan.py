@@ -38,8 +38,8 @@ def measure(shape: tuple[int, int, int, int], options: dict) -> float:
         ids = np.argpartition(scores, top_k, axis=1)[:, :top_k].astype(np.int32)
         rows = len(ids) if config.drop_policy == "priority" else 0
         priority = random.random((rows, top_k), np.float32)
-        inputs.append((jnp.asarray(ids), jnp.asarray(priority), jnp.int32(0)))
-    step = functools.partial(cuda.plan_from_gathered, config=config, num_ranks=num_ranks)
+        inputs.append((jnp.asarray(ids), jnp.asarray(priority)))
+    step = functools.partial(cuda.plan_from_gathered, config=config, num_ranks=num_ranks, rank=0)
     return time_us(step, jax.device_put(inputs))
 
 

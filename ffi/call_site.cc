@@ -6,7 +6,7 @@
 
 #include "combine.h"
 #include "dispatch.h"
-#include "gather_group.h"
+#include "plan_group.h"
 
 namespace jax_moe_ep {
 namespace {
@@ -50,7 +50,7 @@ cudaError_t LoadGroupKernels() {
   if (cudaError_t status = LoadDispatch(); status != cudaSuccess) return status;
   if (cudaError_t status = LoadGroupCombine(); status != cudaSuccess) return status;
   if (cudaError_t status = LoadGroupCombineBackward(); status != cudaSuccess) return status;
-  return LoadGroupGather();
+  return LoadGroupPlan();
 }
 
 std::vector<std::vector<int64_t>> Groups(const GroupAttributes& attributes) {

@@ -88,22 +88,21 @@ ffi::ErrorOr<GroupView> MakeView(const Arena& arena,
 
 }  // namespace jax_moe_ep
 
-XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(
-    ::jax_moe_ep::GroupAttributes,
-    ::xla::ffi::StructMember<int64_t>("op"),
-    ::xla::ffi::StructMember<::xla::ffi::Span<const int64_t>>("groups"),
-    ::xla::ffi::StructMember<int64_t>("num_ranks"),
-    ::xla::ffi::StructMember<int64_t>("num_tokens"),
-    ::xla::ffi::StructMember<int64_t>("top_k"),
-    ::xla::ffi::StructMember<int64_t>("row_bytes"),
-    ::xla::ffi::StructMember<int64_t>("alignment"),
-    ::xla::ffi::StructMember<int64_t>("capacity"),
-    ::xla::ffi::StructMember<int64_t>("num_sms"),
-    ::xla::ffi::StructMember<int64_t>("timeout_ns"),
-    ::xla::ffi::StructMember<int64_t>("options_hash"),
-    ::xla::ffi::StructMember<bool>("has_weights"),
-    ::xla::ffi::StructMember<bool>("zero_tail"),
-    ::xla::ffi::StructMember<bool>("force_vector"),
-    ::xla::ffi::StructMember<bool>("force_staged"));
+// The members of GroupAttributes, for structs that begin with them.
+#define JAX_MOE_EP_GROUP_MEMBERS                                                                   \
+  ::xla::ffi::StructMember<int64_t>("op"),                                                         \
+      ::xla::ffi::StructMember<::xla::ffi::Span<const int64_t>>("groups"),                         \
+      ::xla::ffi::StructMember<int64_t>("num_ranks"),                                              \
+      ::xla::ffi::StructMember<int64_t>("num_tokens"), ::xla::ffi::StructMember<int64_t>("top_k"), \
+      ::xla::ffi::StructMember<int64_t>("row_bytes"),                                              \
+      ::xla::ffi::StructMember<int64_t>("alignment"),                                              \
+      ::xla::ffi::StructMember<int64_t>("capacity"), ::xla::ffi::StructMember<int64_t>("num_sms"), \
+      ::xla::ffi::StructMember<int64_t>("timeout_ns"),                                             \
+      ::xla::ffi::StructMember<int64_t>("options_hash"),                                           \
+      ::xla::ffi::StructMember<bool>("has_weights"), ::xla::ffi::StructMember<bool>("zero_tail"),  \
+      ::xla::ffi::StructMember<bool>("force_vector"),                                              \
+      ::xla::ffi::StructMember<bool>("force_staged")
+
+XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(::jax_moe_ep::GroupAttributes, JAX_MOE_EP_GROUP_MEMBERS);
 
 #endif  // JAX_MOE_EP_CALL_SITE_H_

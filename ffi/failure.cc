@@ -13,6 +13,8 @@ const char* Name(Op op) {
       return "combine_backward";
     case Op::kGather:
       return "gather";
+    case Op::kPlan:
+      return "plan";
     default:
       return "no call";
   }

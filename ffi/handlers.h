@@ -1,5 +1,6 @@
 // The FFI handlers that module.cc registers. For each op one that loads its kernels and one that
-// launches them; in a group four stages, the first three for all ops.
+// launches them; in a group four stages, the first three for all ops but plan, which has more
+// attributes.
 
 #ifndef JAX_MOE_EP_HANDLERS_H_
 #define JAX_MOE_EP_HANDLERS_H_
@@ -26,6 +27,9 @@ XLA_FFI_Error* GroupDispatchFfi(XLA_FFI_CallFrame* call_frame);
 XLA_FFI_Error* GroupCombineFfi(XLA_FFI_CallFrame* call_frame);
 XLA_FFI_Error* GroupCombineBackwardFfi(XLA_FFI_CallFrame* call_frame);
 XLA_FFI_Error* GroupGatherFfi(XLA_FFI_CallFrame* call_frame);
+XLA_FFI_Error* GroupPlanPrepareFfi(XLA_FFI_CallFrame* call_frame);
+XLA_FFI_Error* GroupPlanInitializeFfi(XLA_FFI_CallFrame* call_frame);
+XLA_FFI_Error* GroupPlanFfi(XLA_FFI_CallFrame* call_frame);
 }
 
 }  // namespace jax_moe_ep

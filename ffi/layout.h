@@ -21,7 +21,7 @@ inline constexpr int64_t kAllocationBytes = 2 << 20;  // cudaIpc maps whole mult
 inline constexpr int64_t kRegionHeaderBytes = 256;    // its proof
 inline constexpr int64_t kMinHalfBytes = 1 << 20;
 
-enum class Op : int32_t { kNone, kDispatch, kCombine, kCombineBackward, kGather };
+enum class Op : int32_t { kNone, kDispatch, kCombine, kCombineBackward, kGather, kPlan };
 
 // What all ranks must agree on in one call: a difference is an error that shows both.
 struct CallSignature {
@@ -128,7 +128,7 @@ struct RegionLayout {
   int64_t landing = 0;   // [R - 1, T, row_bytes] partials of the peers
   int64_t weights = 0;   // [R, T, K] fp32 weights of all ranks
   int64_t dweights = 0;  // [T, K] fp32 weight gradients of this rank
-  int64_t gathered = 0;  // [R, T, row_bytes] what all ranks gave to gather
+  int64_t gathered = 0;  // [R, T, row_bytes] what all ranks gave to gather or plan
   int64_t total = 0;
 
   RegionLayout() = default;
@@ -145,7 +145,7 @@ struct RegionLayout {
     if (op == Op::kCombine) landing = Take((num_ranks - 1) * tokens);
     if (has_weights) weights = Take(num_ranks * table);
     if (op == Op::kCombineBackward) dweights = Take(table);
-    if (op == Op::kGather) gathered = Take(num_ranks * tokens);
+    if (op == Op::kGather || op == Op::kPlan) gathered = Take(num_ranks * tokens);
   }
 
  private:

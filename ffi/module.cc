@@ -40,10 +40,12 @@ nb::dict Stages(XLA_FFI_Handler* initialize, XLA_FFI_Handler* execute) {
 }
 
 // Where the ranks meet, and counters of the call site.
-nb::dict GroupStages(XLA_FFI_Handler* execute) {
-  nb::dict stages = Stages(GroupInitializeFfi, execute);
+nb::dict GroupStages(XLA_FFI_Handler* execute,
+                     XLA_FFI_Handler* prepare = GroupPrepareFfi,
+                     XLA_FFI_Handler* initialize = GroupInitializeFfi) {
+  nb::dict stages = Stages(initialize, execute);
   stages["instantiate"] = nb::capsule(reinterpret_cast<void*>(GroupInstantiateFfi));
-  stages["prepare"] = nb::capsule(reinterpret_cast<void*>(GroupPrepareFfi));
+  stages["prepare"] = nb::capsule(reinterpret_cast<void*>(prepare));
   return stages;
 }
 
@@ -60,6 +62,8 @@ nb::dict Registrations() {
   targets["jax_moe_ep_group_combine"] = GroupStages(GroupCombineFfi);
   targets["jax_moe_ep_group_combine_backward"] = GroupStages(GroupCombineBackwardFfi);
   targets["jax_moe_ep_group_gather"] = GroupStages(GroupGatherFfi);
+  targets["jax_moe_ep_group_plan"] =
+      GroupStages(GroupPlanFfi, GroupPlanPrepareFfi, GroupPlanInitializeFfi);
   return targets;
 }
 
@@ -109,10 +113,10 @@ int64_t PlanScratch(int num_ranks,
                     int num_experts,
                     int32_t assignments_per_rank,
                     bool by_priority) {
-  return PlanScratchSize({num_ranks, num_experts, assignments_per_rank, by_priority});
+  return PlanScratchSize({num_ranks, num_experts, assignments_per_rank, by_priority, 0});
 }
 
-constexpr const char* kOpNames[] = {"dispatch", "combine", "combine_backward", "gather"};
+constexpr const char* kOpNames[] = {"dispatch", "combine", "combine_backward", "gather", "plan"};
 
 Op OpOf(const std::string& name) {
   int code = 0;

@@ -19,6 +19,7 @@ struct PlanShape {
   int num_experts;
   int32_t assignments_per_rank;  // T*K
   bool by_priority;              // which rows stay: the first by position, or by priority
+  int rank;                      // whose plan
 };
 
 struct PlanOptions {
@@ -34,7 +35,6 @@ struct PlanOptions {
 struct PlanArrays {
   const int32_t* ids;        // [N]
   const float* priority;     // [N], or null by position
-  const int32_t* rank;       // [] this rank
   int32_t* slots;            // [N]
   int32_t* owners;           // [T*K]
   int32_t* group_counts;     // [L]

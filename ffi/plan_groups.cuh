@@ -56,7 +56,7 @@ __device__ void LayoutRank(const PlanParams& p, Team& team, int rank) {
       p.digits[expert * kDigits + digit] = 0;
     }
   }
-  if (rank != *p.arrays.rank) return;
+  if (rank != p.shape.rank) return;
 
   int32_t running = 0;
   for (int i = 0; i < team.num_items(); ++i) {

@@ -19,7 +19,7 @@ __device__ void PlaceItems(
     const PlanParams& p, const Item& item, int64_t index, int64_t end, int32_t* counters) {
   int lane = threadIdx.x % kWarpSize;
   int num_local = p.shape.num_experts / p.shape.num_ranks;
-  int64_t first_own = int64_t{*p.arrays.rank} * p.shape.assignments_per_rank;
+  int64_t first_own = int64_t{p.shape.rank} * p.shape.assignments_per_rank;
   unsigned before = (1u << lane) - 1;
   unsigned same = __match_any_sync(kAllLanes, item.expert);
   unsigned above = same & __ballot_sync(kAllLanes, item.is_above);
@@ -43,7 +43,7 @@ __device__ void PlaceItems(
   if (index >= end) return;
 
   int owner = place >= 0 ? item.expert / num_local : -1;
-  bool is_mine = owner == *p.arrays.rank;
+  bool is_mine = owner == p.shape.rank;
   p.arrays.slots[index] =
       is_mine ? p.arrays.group_starts[item.expert - owner * num_local] + place : -1;
   int64_t own = index - first_own;
@@ -70,7 +70,7 @@ __device__ void WriteSourceCounts(const PlanParams& p,
                                   const int32_t* after) {
   int num_local = p.shape.num_experts / p.shape.num_ranks;
   for (int local = threadIdx.x; local < num_local; local += blockDim.x) {
-    int expert = *p.arrays.rank * num_local + local;
+    int expert = p.shape.rank * num_local + local;
     p.arrays.source_counts[source * num_local + local] =
         LiveRows<kSelected>(p, after, expert) - LiveRows<kSelected>(p, before, expert);
   }

@@ -60,7 +60,7 @@ def memory(
     ffi = cuda.extension("memory")
     row_bytes = hidden * jnp.dtype(dtype).itemsize
     plan_bytes = top_k * (8 if config.drop_policy == "priority" else 4)  # ids, priorities
-    calls = [("gather", False, plan_bytes), *((*call, row_bytes) for call in CALLS)]
+    calls = [("plan", False, plan_bytes), *((*call, row_bytes) for call in CALLS)]
 
     def arena(is_one_process: bool) -> int:
         halves = {

@@ -1,8 +1,9 @@
 """The CUDA kernels as JAX functions: one XLA custom call an op, with the reference's signatures."""
 
+import dataclasses
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ from jaxtyping import Array, Float, Float32, Int32, Shaped
 
 from jax_moe_ep import reference
 from jax_moe_ep.config import MAX_CUDA_EXPERTS, MAX_INT32, EpConfig
-from jax_moe_ep.group import group_call, group_gather
+from jax_moe_ep.group import group_call, group_gather, group_plan
 from jax_moe_ep.plan import Plan
 
 # Set to 1 to use 16-byte loads and stores where the device could copy in bulk, for tests. Read when
@@ -97,80 +98,112 @@ def _plan_kernel(
         )
         return refused(reference.plan, message)(ids, priority, config=config)
     if priority is None:
-        (all_ids,) = _gather(config, ids)
-        all_priority = jnp.zeros((0, ids.shape[1]), jnp.float32)
-    else:
-        all_ids, all_priority = _gather(config, ids, priority)
-    rank = lax.axis_index(config.axis_name)
-    if lax.axis_size(config.axis_name) == 1:
-        rank = jnp.zeros_like(rank)  # known when compiled: nothing to compute on the device
-    return plan_from_gathered(all_ids, all_priority, rank, config=config)
+        priority = jnp.zeros((0, ids.shape[1]), jnp.float32)
+    num_ranks = lax.axis_size(config.axis_name)
+    if num_ranks == 1:
+        return plan_from_gathered(ids, priority, config=config, num_ranks=1, rank=0)
+    call = _PlanCall(config, num_ranks, *ids.shape)
+    everyone = [_like(ids, (num_ranks * len(x), ids.shape[1]), x.dtype) for x in (ids, priority)]
+    results = group_plan(
+        config,
+        ids,
+        priority,
+        [*everyone, *call.result_types(ids)],
+        op_code=extension("plan").op_codes()["plan"],
+        capacity=call.capacity,
+        **call.options(),
+    )
+    return call.plan(results[2:])
 
 
-def _gather(config: EpConfig, *arrays: Shaped[Array, "T K"]) -> tuple[Shaped[Array, "RT K"], ...]:
-    """Each array of all ranks, in rank order."""
+def _gather(config: EpConfig, x: Shaped[Array, "T K"]) -> Shaped[Array, "RT K"]:
+    """x of all ranks, in rank order."""
     if lax.axis_size(config.axis_name) == 1:
-        return arrays
-    return group_gather(config, *arrays, op_code=extension("gather").op_codes()["gather"])
+        return x
+    (gathered,) = group_gather(config, x, op_code=extension("gather").op_codes()["gather"])
+    return gathered
 
 
 def plan_from_gathered(
     ids: Int32[Array, "RT K"],
     priority: Float32[Array, "_ K"],
-    rank: Int32[Array, ""],
     *,
     config: EpConfig,
-    num_ranks: int | None = None,
+    num_ranks: int,
+    rank: int,
 ) -> Plan:
     """The plan of one rank from the ids of all; `priority` is [R*T, K], or [0, K] by position.
 
-    Needs no mesh when num_ranks is given: one GPU can then compute any rank's plan.
+    Needs no mesh: one GPU can compute any rank's plan.
     """
-    ffi = extension("plan")
-    if num_ranks is None:
-        num_ranks = lax.axis_size(config.axis_name)
-    num_tokens, top_k = ids.shape[0] // num_ranks, ids.shape[1]
-    num_local = config.num_experts // num_ranks
-    capacity = config.num_rows(num_ranks, num_tokens, top_k)
-    expert_limit = config.rows_per_expert(ids.size)
-    by_priority = config.drop_policy == "priority"
-    scratch_size = ffi.plan_scratch_size(
-        num_ranks=num_ranks,
-        num_experts=config.num_experts,
-        assignments_per_rank=num_tokens * top_k,
-        by_priority=by_priority,
-    )
-    shapes = (
-        ids.shape,  # slots
-        (num_tokens, top_k),  # owners
-        *[(num_local,)] * 3,  # group_counts, group_sizes, group_starts
-        (num_ranks, num_local),  # source_counts
-        *[()] * 3,  # num_assignments, num_dropped, required_rows
-        (scratch_size,),
-    )
-    results = jax.ffi.ffi_call(
-        "jax_moe_ep_plan", [_like(ids, shape, jnp.int32) for shape in shapes]
-    )(
+    call = _PlanCall(config, num_ranks, ids.shape[0] // num_ranks, ids.shape[1])
+    results = jax.ffi.ffi_call("jax_moe_ep_plan", call.result_types(ids))(
         ids,
         priority,
-        rank,
         num_ranks=np.int64(num_ranks),
-        num_experts=np.int64(config.num_experts),
+        rank=np.int64(rank),
         alignment=np.int64(config.alignment),
-        capacity=np.int64(capacity),
-        expert_limit=np.int64(MAX_INT32 if expert_limit is None else expert_limit),
-        by_priority=by_priority,
-        block_for_empty=config.empty_groups == "block",
+        capacity=np.int64(call.capacity),
         num_sms=np.int64(config.num_sms or MAX_INT32),
-        force_large=_is_set(FORCE_LARGE),
+        **call.options(),
     )
-    return Plan(
-        *results[:-1],  # the last is scratch
-        config=config,
-        num_ranks=num_ranks,
-        num_tokens=num_tokens,
-        capacity=capacity,
-    )
+    return call.plan(results)
+
+
+@dataclasses.dataclass(frozen=True)
+class _PlanCall:
+    """What the custom calls of plan share."""
+
+    config: EpConfig
+    num_ranks: int
+    num_tokens: int
+    top_k: int
+
+    @property
+    def capacity(self) -> int:
+        return self.config.num_rows(self.num_ranks, self.num_tokens, self.top_k)
+
+    @property
+    def by_priority(self) -> bool:
+        return self.config.drop_policy == "priority"
+
+    def result_types(self, ids: Int32[Array, "_ K"]) -> list[Any]:
+        num_local = self.config.num_experts // self.num_ranks
+        scratch_size = extension("plan").plan_scratch_size(
+            num_ranks=self.num_ranks,
+            num_experts=self.config.num_experts,
+            assignments_per_rank=self.num_tokens * self.top_k,
+            by_priority=self.by_priority,
+        )
+        shapes = (
+            (self.num_ranks * self.num_tokens, self.top_k),  # slots
+            (self.num_tokens, self.top_k),  # owners
+            *[(num_local,)] * 3,  # group_counts, group_sizes, group_starts
+            (self.num_ranks, num_local),  # source_counts
+            *[()] * 3,  # num_assignments, num_dropped, required_rows
+            (scratch_size,),
+        )
+        return [_like(ids, shape, jnp.int32) for shape in shapes]
+
+    def options(self) -> dict[str, Any]:
+        num_assignments = self.num_ranks * self.num_tokens * self.top_k
+        expert_limit = self.config.rows_per_expert(num_assignments)
+        return {
+            "num_experts": np.int64(self.config.num_experts),
+            "expert_limit": np.int64(MAX_INT32 if expert_limit is None else expert_limit),
+            "by_priority": self.by_priority,
+            "block_for_empty": self.config.empty_groups == "block",
+            "force_large": _is_set(FORCE_LARGE),
+        }
+
+    def plan(self, results: Sequence[Array]) -> Plan:
+        return Plan(
+            *results[:-1],  # the last is scratch
+            config=self.config,
+            num_ranks=self.num_ranks,
+            num_tokens=self.num_tokens,
+            capacity=self.capacity,
+        )
 
 
 def _dispatch_kernel(x: tuple[Array, ...], plan: Plan) -> tuple[Array, ...]:
@@ -209,7 +242,7 @@ def _row_weights_kernel(weights: Float[Array, "T K"], plan: Plan) -> Float[Array
         return refused(reference.row_weights, problem)(weights, plan)
     shape = _like(weights, (plan.capacity,), weights.dtype)
     # A number a row: one rank's kernel places those of all tokens.
-    return _call_alone("row_weights", shape, plan, *_gather(plan.config, weights))
+    return _call_alone("row_weights", shape, plan, _gather(plan.config, weights))
 
 
 def _row_weights_backward_kernel(drow: Float[Array, "C"], plan: Plan) -> Float[Array, "T K"]:

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Shaped
+from jaxtyping import Array, Float32, Int32, Shaped
 
 from jax_moe_ep.config import MAX_INT32, EpConfig
 from jax_moe_ep.plan import Plan
@@ -67,6 +67,45 @@ def group_call(
     )
 
 
+def group_plan(
+    config: EpConfig,
+    ids: Int32[Array, "T K"],
+    priority: Float32[Array, "_ K"],
+    result_types: Any,
+    *,
+    op_code: int,
+    capacity: int,
+    **options: Any,
+) -> Any:
+    """The custom call of plan in a group.
+
+    Args:
+      config: of the group.
+      ids: of this rank.
+      priority: likewise, [T, K], or [0, K] by position.
+      result_types: all ids, all priorities, and the plan's.
+      op_code: the op's number in the extension.
+      capacity: C.
+      options: what plan needs beside, as attributes.
+    """
+    num_tokens, top_k = ids.shape
+    row_bytes = top_k * ids.dtype.itemsize
+    if len(priority):
+        row_bytes += top_k * priority.dtype.itemsize
+    return _call(
+        "plan",
+        result_types,
+        config,
+        ids,
+        priority,
+        op_code=op_code,
+        sizes=(num_tokens, top_k, row_bytes, capacity),
+        has_weights=False,
+        force_vector=False,
+        **options,
+    )
+
+
 def group_gather(
     config: EpConfig, *arrays: Shaped[Array, "T K"], op_code: int
 ) -> tuple[Shaped[Array, "RT K"], ...]:
@@ -101,8 +140,10 @@ def _call(
     sizes: tuple[int, int, int, int],
     has_weights: bool,
     force_vector: bool,
+    **options: Any,
 ) -> Any:
-    """The custom call of a group. sizes: num_tokens, top_k, row_bytes, capacity."""
+    """The custom call of a group. sizes: num_tokens, top_k, row_bytes, capacity; options: of the op
+    alone."""
     num_tokens, top_k, row_bytes, capacity = sizes
     agreed = (op, [(arg.shape, str(arg.dtype)) for arg in args], capacity, config)
     digest = hashlib.blake2b(repr(agreed).encode(), digest_size=8).digest()
@@ -123,4 +164,5 @@ def _call(
         zero_tail=config.tail == "zero",
         force_vector=force_vector,
         force_staged=os.environ.get(FORCE_STAGED, "0") != "0",
+        **options,
     )

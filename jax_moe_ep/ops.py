@@ -76,8 +76,10 @@ def plan(
     if top_k is not None:
         topk_idx, priority, cut = maps.assignments_of_map(topk_idx, priority, top_k)
     check_sizes(topk_idx.shape, config, size)
-    is_expert = (topk_idx >= 0) & (topk_idx < config.num_experts)
-    ids = jnp.where(is_expert, topk_idx, -1).astype(jnp.int32)
+    if not np.can_cast(topk_idx.dtype, np.int32):  # some of its values would become experts
+        is_expert = (topk_idx >= 0) & (topk_idx < config.num_experts)
+        topk_idx = jnp.where(is_expert, topk_idx, -1)
+    ids = topk_idx.astype(jnp.int32)
     if priority is not None:
         priority = lax.stop_gradient(priority).astype(jnp.float32)
     ids, priority = vary((ids, priority), config.axes)

@@ -26,7 +26,8 @@ def plan(
 
     # How many rows each expert may keep.
     expert = _gather(ids, config).reshape(-1)  # [G*K]
-    expert = jnp.where(expert < 0, num_experts, expert)  # invalid: one past the last
+    is_expert = (expert >= 0) & (expert < num_experts)
+    expert = jnp.where(is_expert, expert, num_experts)  # invalid: one past the last
     demand = jnp.bincount(expert, length=num_experts).astype(jnp.int32)
     limit = config.rows_per_expert(expert.size)
     wanted = demand if limit is None else jnp.minimum(demand, limit)

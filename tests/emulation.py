@@ -20,8 +20,15 @@ import oracle
 from native_build import FFI, NATIVE, build
 
 EMULATED = NATIVE / "emulated"
-KERNELS = ("dispatch", "combine_group", "combine_backward_group", "gather_group", "plan_small")
-OPS = {"dispatch": 1, "combine": 2, "combine_backward": 3, "gather": 4}
+KERNELS = (
+    "dispatch",
+    "combine_group",
+    "combine_backward_group",
+    "gather_group",
+    "plan_small",
+    "plan_group",
+)
+OPS = {"dispatch": 1, "combine": 2, "combine_backward": 3, "gather": 4, "plan": 5}
 TYPES = {np.dtype(np.float32): 0, np.dtype(np.float16): 1, np.dtype(ml_dtypes.bfloat16): 2}
 LAUNCH = re.compile(r"(\w+(?:<[^<>;{}]*>)?)\s*<<<(.*?)>>>\((\w+)\);", re.DOTALL)
 
@@ -86,7 +93,7 @@ class Way:
 
 
 CHANGING = {"x", "dout", "weights"}
-RESULTS = {"out", "dweights"}
+RESULTS = {"out", "dweights", "results"}
 
 
 def earlier(name, array, distance):

@@ -1,11 +1,12 @@
 """The plan by one block itself, as any rank, against the loops; on the host: emulation.py."""
 
 import ctypes
+import math
 
 import numpy as np
 import oracle
 import pytest
-from emulation import ruined
+from emulation import OPS, Way, repeat, ruined
 from helpers import CASES, MAKERS, Case, assert_bitwise_equal, make_ids, one_process
 from native_build import needs_compiler
 
@@ -20,18 +21,28 @@ PLANS = {
 }
 
 
-def small_plan(library, case, ids, rank):
-    """One rank's arrays of the plan; None where one block is not enough."""
+def numbers_of(case):
+    """As kernels.cc wants them."""
     limit = oracle.expert_limit(case) if case.expert_capacity is not None else 2**31 - 1
-    is_block = case.empty_groups == "block"
-    options = (case.A, oracle.capacity(case), limit, is_block)
-    numbers = np.array([case.R, case.E, case.T * case.K, *options], np.int32)
+    options = (case.A, oracle.capacity(case), limit, case.empty_groups == "block")
+    return np.array([case.R, case.E, case.T * case.K, *options], np.int32)
+
+
+def shapes_of(case):
     local = (case.num_local,)
     shapes = ((case.R * case.T, case.K), (case.T, case.K), local, local, local, (case.R, *local))
-    results = [ruined(*shape, dtype=np.int32) for shape in (*shapes, (), (), ())]
-    arrays = [np.ascontiguousarray(ids), np.array(rank, np.int32), *results]
+    return (*shapes, (), (), ())
+
+
+def small_plan(library, case, ids, rank):
+    """One rank's arrays of the plan; None where one block is not enough."""
+    numbers = numbers_of(case)
+    results = [ruined(*shape, dtype=np.int32) for shape in shapes_of(case)]
+    arrays = [np.ascontiguousarray(ids), *results]
     pointers = (ctypes.c_void_p * len(arrays))(*[array.ctypes.data for array in arrays])
-    status = ctypes.CDLL(library).small_plan(numbers.ctypes.data_as(ctypes.c_void_p), pointers)
+    status = ctypes.CDLL(library).small_plan(
+        numbers.ctypes.data_as(ctypes.c_void_p), rank, pointers
+    )
     return dict(zip(oracle.LEAVES, results, strict=True)) if status == 0 else None
 
 
@@ -45,6 +56,46 @@ def test_small_plan(library, name, maker):
     for rank in range(case.R):
         for leaf, got in small_plan(library, case, ids, rank).items():
             assert_bitwise_equal(got, expected[leaf][rank], leaf)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(T=16, K=2, E=8, R=2, A=4),
+        Case(T=9, K=2, E=12, R=3, capacity=16),
+        Case(T=65, K=8, E=64, R=2, A=16),
+        Case(T=3, K=3, E=4, R=2, empty_groups="block"),  # 36 bytes of ids
+    ],
+    ids=lambda case: f"T{case.T}_R{case.R}",
+)
+def test_small_plan_of_a_group(library, tmp_path, case):
+    """Ids and plan of every rank in one call, whoever is late; five calls pass both parities."""
+    ids = make_ids("uniform", case).reshape(case.R, case.T, case.K)
+    sizes = [math.prod(shape) for shape in shapes_of(case)]
+    job = {
+        **dict.fromkeys(("type", "num_groups", "alignment", "capacity", "zero_tail"), 0),
+        **dict.fromkeys(("has_weights", "has_bulk_copy"), 0),
+        "op": OPS["plan"],
+        "num_ranks": case.R,
+        "is_one_process": 1,
+        "num_tokens": case.T,
+        "top_k": case.K,
+        "row_bytes": 4 * case.K,
+    }
+    arrays = {
+        "x": ids,
+        "out": ruined(case.R, case.R * case.T, case.K, dtype=np.int32),
+        "numbers": np.stack([numbers_of(case)] * case.R),
+        "results": ruined(case.R, sum(sizes), dtype=np.int32),
+    }
+    for call in repeat(library, tmp_path, job, Way(repeats=5, late=case.R - 1), **arrays):
+        everyone = call["x"].reshape(-1, case.K)
+        assert_bitwise_equal(call["out"], np.broadcast_to(everyone, call["out"].shape))
+        expected = oracle.plan(case, call["x"])
+        for rank in range(case.R):
+            parts = np.split(call["results"][rank], np.cumsum(sizes)[:-1])
+            for leaf, part, shape in zip(oracle.LEAVES, parts, shapes_of(case), strict=True):
+                assert_bitwise_equal(part.reshape(shape), expected[leaf][rank], leaf)
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from jax_moe_ep import cuda
 pytestmark = pytest.mark.skipif(not cuda.has_extension(), reason="needs the CUDA extension")
 
 CASE = Case(T=4, K=2, E=8, R=2, H=16)
-GROUP_OPS = {"dispatch": 1, "combine": 2, "combine_backward": 3, "gather": 4}
+GROUP_OPS = {"dispatch": 1, "combine": 2, "combine_backward": 3, "gather": 4, "plan": 5}
 
 
 def lowered(mesh, axes, case=CASE, dtype=np.float32, **options):
@@ -112,7 +112,7 @@ def test_what_the_ranks_agree_on():
             "op": op,
             "num_tokens": 4,
             "top_k": 2,
-            "row_bytes": 8 if name == "gather" else 64,
+            "row_bytes": 8 if name in ("gather", "plan") else 64,
             "num_sms": 5,
             "timeout_ns": 1_500_000_000,
         }
@@ -137,14 +137,15 @@ def test_ids_and_priorities_travel_in_one_call(name):
     case = dataclasses.replace(CASES[name], R=2)
     ids, priority = make_ids("uniform", case), make_priority(case)
     run = on_ranks(planner(case.config("cuda")), make_mesh(2))
-    (gather_name, gather), (plan_name, _) = custom_calls(run, ids, priority)
-    assert (gather_name, plan_name) == ("group_gather", "plan")
+    ((name, call),) = custom_calls(run, ids, priority)
+    assert name == "group_plan"
     arrays = 1 if priority is None else 2
-    assert int(attribute(gather, "row_bytes")) == 4 * case.K * arrays
-    assert gather.count(f"tensor<{2 * case.T}x{case.K}xi32>") == 1
-    assert gather.count(f"tensor<{2 * case.T}x{case.K}xf32>") == arrays - 1
+    assert int(attribute(call, "row_bytes")) == 4 * case.K * arrays
+    assert call.count(f"tensor<{2 * case.T}x{case.K}xi32>") == 2  # all ids, slots
+    assert call.count(f"tensor<{2 * case.T}x{case.K}xf32>") == arrays - 1
     text = run.trace(ids, priority).lower(lowering_platforms=("cuda",)).as_text()
     assert "all_gather" not in text
+    assert "partition_id" not in text  # the call knows its rank
 
 
 def test_environment_for_tests(monkeypatch):

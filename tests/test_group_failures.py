@@ -71,7 +71,7 @@ def test_a_rank_that_stops_and_a_reset():
 
 def test_a_rank_that_stops_in_a_plan():
     output = one_process("stopped_in_a_plan")
-    assert "rank 0 of 2 (GPU 0) gave up in gather(T=64, K=4, 16 bytes a row" in output
+    assert "rank 0 of 2 (GPU 0) gave up in plan(T=64, K=4, 16 bytes a row" in output
 
 
 def test_eight_replayed_calls_end_in_one_budget():

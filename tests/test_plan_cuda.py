@@ -42,10 +42,10 @@ ALL = {name: case for name, case in {**CASES, **LARGE}.items() if case.T}
 
 
 @functools.cache
-def plan_of_rank(case: Case, force_large: str = "0"):
+def plan_of_rank(case: Case, rank: int, force_large: str = "0"):
     """force_large: what the environment says when it is traced."""
-    config = case.config("cuda")
-    return jax.jit(functools.partial(cuda.plan_from_gathered, config=config, num_ranks=case.R))
+    options = {"config": case.config("cuda"), "num_ranks": case.R, "rank": rank}
+    return jax.jit(functools.partial(cuda.plan_from_gathered, **options))
 
 
 def all_plans(case: Case, ids: np.ndarray, priority: np.ndarray | None, force_large: str):
@@ -53,7 +53,7 @@ def all_plans(case: Case, ids: np.ndarray, priority: np.ndarray | None, force_la
     if priority is None:
         priority = np.zeros((0, case.K), np.float32)
     plans = [
-        plan_of_rank(case, force_large)(flat, priority.reshape(-1, case.K), jnp.int32(rank))
+        plan_of_rank(case, rank, force_large)(flat, priority.reshape(-1, case.K))
         for rank in range(case.R)
     ]
     return {name: np.stack([getattr(p, name) for p in plans]) for name in oracle.LEAVES}
@@ -82,9 +82,9 @@ def test_few_blocks_do_the_same(num_sms: int) -> None:
     plan = cuda.plan_from_gathered(
         jnp.asarray(ids.reshape(-1, case.K)),
         jnp.asarray(priority.reshape(-1, case.K)),
-        jnp.int32(1),
         config=config,
         num_ranks=case.R,
+        rank=1,
     )
     expected = oracle.plan(case, ids, priority)
     for leaf in oracle.LEAVES:
@@ -95,7 +95,7 @@ def test_the_example_of_the_kernel() -> None:
     """The numbers in the comment of plan.cu, derived there."""
     case = Case(T=4, K=1, E=2, R=1, A=2)
     ids = jnp.array([[1], [0], [1], [-1]], jnp.int32)
-    plan = plan_of_rank(case)(ids, jnp.zeros((0, 1)), jnp.int32(0))
+    plan = plan_of_rank(case, 0)(ids, jnp.zeros((0, 1)))
     assert plan.group_counts.tolist() == [1, 2]
     assert plan.group_sizes.tolist() == [2, 2]
     assert plan.group_starts.tolist() == [0, 2]

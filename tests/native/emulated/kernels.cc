@@ -6,9 +6,8 @@
 #include "combine.h"
 #include "device.h"
 #include "dispatch.h"
-#include "gather_group.h"
 #include "layout.h"
-#include "plan.h"
+#include "plan_group.h"
 
 namespace emulated {
 
@@ -67,6 +66,8 @@ struct Job {
   const float* weights;
   char* out;
   float* dweights;
+  const int32_t* numbers;  // of a plan: as small_plan's
+  int32_t* results;        // its arrays, one behind the other
 };
 
 extern "C" {
@@ -135,6 +136,39 @@ int run(const Job* job) {
                         {job->out, job->dweights}};
     return LaunchGroupGather(view, layout, arrays, static_cast<int>(job->num_sms), nullptr);
   }
+  if (op == Op::kPlan) {  // x: ids, out: those of all ranks
+    const int32_t* n = job->numbers;
+    PlanShape shape{n[0], n[1], n[2], false, view.rank};
+    int64_t num_local = shape.num_experts / num_ranks, num_own = shape.assignments_per_rank;
+    int64_t sizes[] = {num_ranks * num_own,
+                       num_own,
+                       num_local,
+                       num_local,
+                       num_local,
+                       num_ranks * num_local,
+                       1,
+                       1,
+                       1};
+    int32_t* parts[9];
+    int32_t* next = job->results;
+    for (int i = 0; i < 9; next += sizes[i++]) parts[i] = next;
+    PlanArrays arrays{reinterpret_cast<int32_t*>(job->out),
+                      nullptr,
+                      parts[0],
+                      parts[1],
+                      parts[2],
+                      parts[3],
+                      parts[4],
+                      parts[5],
+                      parts[6],
+                      parts[7],
+                      parts[8],
+                      nullptr};
+    PlanOptions options{n[3], n[4], n[5], n[6] != 0, 1, false};
+    GatherArrays gathered{1, job->num_tokens * job->row_bytes, {job->x}, {job->out}};
+    if (!IsSmallPlan(shape)) return 1;
+    return LaunchGroupPlan(view, layout, gathered, shape, options, arrays, nullptr);
+  }
   const float* weights = job->has_weights ? job->weights : nullptr;
   if (op == Op::kCombine) {
     CombineArrays arrays{type, job->owners, job->x, weights, job->out, job->row_bytes};
@@ -147,8 +181,8 @@ int run(const Job* job) {
 
 // One rank's plan by one block; 1 where plan would take several. numbers and arrays are in the
 // order of PlanShape, PlanOptions and PlanArrays, without what only other plans have.
-int small_plan(const int32_t* numbers, int32_t* const* arrays) {
-  PlanShape shape{numbers[0], numbers[1], numbers[2], false};
+int small_plan(const int32_t* numbers, int rank, int32_t* const* arrays) {
+  PlanShape shape{numbers[0], numbers[1], numbers[2], false, rank};
   PlanOptions options{numbers[3], numbers[4], numbers[5], numbers[6] != 0, 1, false};
   PlanArrays given{arrays[0],
                    nullptr,
@@ -161,7 +195,6 @@ int small_plan(const int32_t* numbers, int32_t* const* arrays) {
                    arrays[7],
                    arrays[8],
                    arrays[9],
-                   arrays[10],
                    nullptr};
   if (!IsSmallPlan(shape)) return 1;
   return LaunchSmallPlan(shape, options, given, nullptr);
@@ -173,4 +206,9 @@ int small_plan(const int32_t* numbers, int32_t* const* arrays) {
 extern "C" cudaError_t cudaGetLastError() { return cudaSuccess; }
 namespace jax_moe_ep {
 cudaError_t GetLaunchLimits(int64_t, bool, LaunchLimits*) { return cudaErrorNotSupported; }
+// plan.cu uses CUB.
+cudaError_t LoadPlan() { return cudaErrorNotSupported; }
+cudaError_t LaunchPlan(const PlanShape&, const PlanOptions&, const PlanArrays&, cudaStream_t) {
+  return cudaErrorNotSupported;
+}
 }  // namespace jax_moe_ep

@@ -26,11 +26,12 @@ POINTERS = (
     *("controls", "regions", "launch", "failure"),
     *("slots", "group_counts", "group_sizes", "group_starts", "owners"),
     *("x", "dout", "weights", "out", "dweights"),
+    *("numbers", "results"),
 )
 
 
 PR_SET_PDEATHSIG = 1
-RESULTS = ("out", "dweights")
+RESULTS = ("out", "dweights", "results")
 CHANGING = ("x", "dout", "weights", *RESULTS)
 READ_BY_PEERS = {"x", "dout"}
 

@@ -1,0 +1,125 @@
+// What the kernels that gather share: the parts of all ranks, chunks, and how one block does it
+// all.
+
+#ifndef JAX_MOE_EP_GATHER_GROUP_CUH_
+#define JAX_MOE_EP_GATHER_GROUP_CUH_
+
+#include "gather_group.h"
+#include "protocol.cuh"
+#include "warp_chunk.cuh"
+
+namespace jax_moe_ep {
+namespace {
+
+// A Unit is what one thread moves at once: the longest that divides sizes and addresses.
+template <typename Unit>
+struct GatherParams {
+  GroupView group;
+  int64_t gathered;          // where the parts of all ranks begin in a half of a region
+  int64_t num_units;         // of one array of one rank
+  int64_t chunks_per_array;  // of one rank
+  int num_arrays;
+  const Unit* x[kMaxGathered];  // [num_units]
+  Unit* out[kMaxGathered];      // [R, num_units]
+
+  __host__ __device__ int64_t num_chunks() const { return num_arrays * chunks_per_array; }
+  __host__ __device__ int64_t num_items() const { return (group.num_ranks - 1) * num_chunks(); }
+};
+
+// Rank `source`'s array in rank `owner`'s memory.
+template <typename Unit>
+__device__ Unit* PartOf(
+    const GatherParams<Unit>& p, int owner, int source, int array, uint64_t epoch) {
+  char* parts = Half(p.group, owner, epoch) + p.gathered;
+  int64_t part = int64_t{source} * p.num_arrays + array;
+  return reinterpret_cast<Unit*>(parts) + part * p.num_units;
+}
+
+// Chunks are numbered through all arrays of a rank.
+template <typename Unit>
+struct Chunk : WarpChunk<Unit> {
+  int array;
+
+  __device__ Chunk(const GatherParams<Unit>& p, int64_t number)
+      : WarpChunk<Unit>(number % p.chunks_per_array, p.num_units),
+        array(static_cast<int>(number / p.chunks_per_array)) {}
+};
+
+// A warp writes a chunk of this rank's numbers into its part of every peer's memory, and into out.
+template <typename Unit>
+__device__ void Push(const GatherParams<Unit>& p, uint64_t epoch, int64_t chunk) {
+  int me = p.group.rank;
+  Chunk<Unit> piece(p, chunk);
+  piece.Load(p.x[piece.array]);
+  for (int offset = 1; offset < p.group.num_ranks; ++offset) {
+    piece.Store(PartOf(p, Peer(p.group, offset), me, piece.array, epoch));
+  }
+  piece.Store(p.out[piece.array] + me * p.num_units);
+}
+
+// A warp copies a chunk of a peer's numbers out, once they are there. False when a rank gave up.
+template <typename Unit>
+__device__ bool Copy(const GatherParams<Unit>& p, uint64_t epoch, int64_t item) {
+  int source = Peer(p.group, static_cast<int>(1 + item / p.num_chunks()));
+  if (!WarpReady{}.Wait(p.group, epoch, source)) return false;
+  Chunk<Unit> piece(p, item % p.num_chunks());
+  piece.Load(PartOf(p, p.group.rank, source, piece.array, epoch));
+  piece.Store(p.out[piece.array] + source * p.num_units);
+  return true;
+}
+
+// A block alone: its warps all run, so they share the work by number and claim nothing. Whether all
+// is there, to all threads; false when a rank gave up.
+template <typename Unit>
+__device__ bool GatherByBlock(const GatherParams<Unit>& p, uint64_t epoch) {
+  int warp = threadIdx.x / kWarpSize, num_warps = blockDim.x / kWarpSize;
+  for (int64_t chunk = warp; chunk < p.num_chunks(); chunk += num_warps) Push(p, epoch, chunk);
+  __syncthreads();
+  if (threadIdx.x == 0) Publish(p.group, epoch, nullptr);
+  bool is_done = true;
+  for (int64_t item = warp; is_done && item < p.num_items(); item += num_warps) {
+    is_done = Copy(p, epoch, item);
+  }
+  return __syncthreads_and(is_done);
+}
+
+template <typename Unit>
+__device__ void PoisonGathered(const GatherParams<Unit>& p) {
+  for (int array = 0; array < p.num_arrays; ++array) {
+    PoisonByBlock(p.out[array], p.group.num_ranks * p.num_units * sizeof(Unit));
+  }
+}
+
+template <typename Unit>
+GatherParams<Unit> MakeGatherParams(const GroupView& group,
+                                    const RegionLayout& layout,
+                                    const GatherArrays& arrays) {
+  GatherParams<Unit> params{};
+  params.group = group;
+  params.gathered = layout.gathered;
+  params.num_units = arrays.bytes / static_cast<int64_t>(sizeof(Unit));
+  params.chunks_per_array = NumWarpChunks(params.num_units);
+  params.num_arrays = arrays.count;
+  for (int i = 0; i < arrays.count; ++i) {
+    params.x[i] = static_cast<const Unit*>(arrays.x[i]);
+    params.out[i] = static_cast<Unit*>(arrays.out[i]);
+  }
+  return params;
+}
+
+// Calls launch(Unit{}) with the longest unit that divides sizes and addresses.
+template <typename Launch>
+cudaError_t WithUnit(const GatherArrays& arrays, Launch launch) {
+  uint64_t bits = arrays.bytes;
+  for (int i = 0; i < arrays.count; ++i) {
+    bits |= reinterpret_cast<uintptr_t>(arrays.x[i]) | reinterpret_cast<uintptr_t>(arrays.out[i]);
+  }
+  if (bits % sizeof(uint4) == 0) return launch(uint4{});
+  if (bits % sizeof(uint32_t) == 0) return launch(uint32_t{});
+  return launch(uint8_t{});
+}
+
+}  // namespace
+}  // namespace jax_moe_ep
+
+#endif  // JAX_MOE_EP_GATHER_GROUP_CUH_

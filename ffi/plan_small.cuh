@@ -1,0 +1,143 @@
+// plan of few assignments by one block.
+
+#ifndef JAX_MOE_EP_PLAN_SMALL_CUH_
+#define JAX_MOE_EP_PLAN_SMALL_CUH_
+
+#include "plan_groups.cuh"
+#include "plan_place.cuh"
+
+namespace jax_moe_ep {
+namespace {
+
+constexpr int kSmallThreads = 1024;
+constexpr int kSmallWarps = kSmallThreads / kWarpSize;
+constexpr int kSmallCounters = 8 * 1024;  // 32 KB, and three arrays of 4: 48 KB need no opt-in
+constexpr int kSmallExperts = 1024;
+constexpr int kSmallRounds = 8;  // the most assignments of a lane
+
+// Warps of each source rank, 0 for none: as many as run, and have counters.
+inline int WarpsPerRank(const PlanShape& shape) {
+  int warps = kSmallCounters / shape.num_experts;
+  return (warps < kSmallWarps ? warps : kSmallWarps) / shape.num_ranks;
+}
+
+// A team for LayoutRank: one warp.
+struct LayoutWarp {
+  const int32_t* totals;  // of the rank's experts
+  int num_local;
+
+  __device__ int num_items() const { return (num_local + kWarpSize - 1) / kWarpSize; }
+  __device__ int Expert(int item) const {
+    int expert = item * kWarpSize + threadIdx.x % kWarpSize;
+    return expert < num_local ? expert : -1;
+  }
+  __device__ int32_t Demand(int item) const { return Expert(item) < 0 ? 0 : totals[Expert(item)]; }
+  __device__ bool IsFirst() const { return threadIdx.x % kWarpSize == 0; }
+
+  template <typename Value>
+  __device__ int32_t Sum(Value value) const {
+    int32_t sum = 0;
+#pragma unroll 1
+    for (int i = 0; i < num_items(); ++i) {
+      if (Expert(i) >= 0) sum += value(i);
+    }
+    for (int mask = kWarpSize / 2; mask > 0; mask /= 2) {
+      sum += __shfl_xor_sync(kAllLanes, sum, mask);
+    }
+    return sum;
+  }
+
+  __device__ void ExclusiveSum(int32_t value, int32_t& start, int32_t& total) const {
+    int lane = threadIdx.x % kWarpSize;
+    int32_t sum = value;
+    for (int distance = 1; distance < kWarpSize; distance *= 2) {
+      int32_t before = __shfl_up_sync(kAllLanes, sum, distance);
+      if (lane >= distance) sum += before;
+    }
+    start = sum - value;
+    total = __shfl_sync(kAllLanes, sum, kWarpSize - 1);
+  }
+};
+
+// counters[expert] += a warp's assignments, with all loads under way at once.
+__device__ void CountWarp(const PlanParams& p, const WarpRange& range, int32_t* counters) {
+  int experts[kSmallRounds];
+#pragma unroll
+  for (int i = 0; i < kSmallRounds; ++i) {
+    int64_t index = range.begin + i * kWarpSize + threadIdx.x % kWarpSize;
+    experts[i] = index < range.end ? LoadItem<false>(p, index).expert : -1;
+  }
+#pragma unroll
+  for (int i = 0; i < kSmallRounds; ++i) {
+    if (experts[i] >= 0) atomicAdd(&counters[experts[i]], 1);
+  }
+}
+
+// counters[warp][expert] -> the expert's count in the warps before; totals[expert] = in all.
+__device__ void ScanWarps(const PlanParams& p, int num_warps, int32_t* counters) {
+  int experts = p.shape.num_experts;
+  for (int expert = threadIdx.x; expert < experts; expert += kSmallThreads) {
+    int32_t running = 0;
+#pragma unroll 8
+    for (int warp = 0; warp < num_warps; ++warp) {
+      int32_t here = counters[warp * experts + expert];
+      counters[warp * experts + expert] = running;
+      running += here;
+    }
+    p.totals[expert] = running;
+  }
+}
+
+inline PlanParams SmallPlanParams(const PlanShape& shape,
+                                  const PlanOptions& options,
+                                  const PlanArrays& arrays) {
+  return {shape, options, PlanGrid(shape, WarpsPerRank(shape), 1), arrays};
+}
+
+// The steps of plan.cu by position, with all that lies between them in shared memory; each source
+// rank has grid.warps of the warps, and each rank one that lays it out. A block of kSmallThreads,
+// which sees all ids; one thread calls meanwhile() while others work.
+template <typename Meanwhile>
+__device__ void PlanByBlock(const PlanParams& given, Meanwhile meanwhile) {
+  __shared__ int32_t counters[kSmallCounters];  // [warps, E]
+  __shared__ int32_t totals[kSmallExperts], caps[kSmallExperts], starts[kSmallExperts];
+  PlanParams p = given;
+  p.totals = totals;
+  p.caps = caps;
+  p.arrays.group_starts = starts;
+  int warp = threadIdx.x / kWarpSize, experts = p.shape.num_experts;
+  int num_ranks = p.shape.num_ranks, num_local = experts / num_ranks;
+  int num_warps = num_ranks * p.grid.warps;
+  WarpRange range(p, warp / p.grid.warps, warp % p.grid.warps);
+  if (warp >= num_warps) range.end = range.begin;
+  int32_t* mine = counters + warp * experts;
+
+  FillZero(counters, num_warps * experts);
+  __syncthreads();
+  CountWarp(p, range, mine);
+  __syncthreads();
+  ScanWarps(p, num_warps, counters);
+  __syncthreads();
+  if (warp < num_ranks) {
+    LayoutWarp team{totals + warp * num_local, num_local};
+    LayoutRank(p, team, warp);
+  } else if (threadIdx.x == kSmallThreads - 1) {
+    meanwhile();
+  }
+  __syncthreads();
+  for (int source = 0; source < num_ranks; ++source) {
+    const int32_t* before = counters + source * p.grid.warps * experts;
+    const int32_t* after = source + 1 == num_ranks ? totals : before + p.grid.warps * experts;
+    WriteSourceCounts<false>(p, source, before, after);
+  }
+  for (int local = threadIdx.x; local < num_local; local += kSmallThreads) {
+    given.arrays.group_starts[local] = starts[local];
+  }
+  __syncthreads();
+  PlaceWarp<false>(p, range, mine);
+}
+
+}  // namespace
+}  // namespace jax_moe_ep
+
+#endif  // JAX_MOE_EP_PLAN_SMALL_CUH_
