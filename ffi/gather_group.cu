@@ -12,7 +12,9 @@ constexpr int kMaxBlocks = 32;
 
 template <typename Unit>
 __device__ void GatherByClaims(const GatherParams<Unit>& p, uint64_t epoch) {
-  Stage(p.group, epoch, nullptr, p.num_chunks(), [&](int64_t chunk) { Push(p, epoch, chunk); });
+  Stage(p.group, epoch, nullptr, p.num_chunks(), [&](int64_t chunk) {
+    Push(p, epoch, chunk, OwnOut(p, chunk));
+  });
   int64_t count = 0;
   for (int64_t item; (item = ClaimByWarp(p.group, &p.group.launch->claims)) < p.num_items();) {
     if (!Copy(p, epoch, item)) break;
@@ -24,6 +26,17 @@ __device__ void GatherByClaims(const GatherParams<Unit>& p, uint64_t epoch) {
     TellConsumed(p.group, epoch);
     Finish(p.group, epoch, false);
   }
+}
+
+// The same by one block alone. True for one thread, which must still tell the peers.
+template <typename Unit>
+__device__ bool GatherByBlock(const GatherParams<Unit>& p, uint64_t epoch) {
+  PushByBlock(p, epoch, [&](int64_t chunk) { return OwnOut(p, chunk); });
+  bool is_done = true;
+  for (int64_t item = threadIdx.x / kWarpSize; is_done && item < p.num_items(); item += kWarps) {
+    is_done = Copy(p, epoch, item);
+  }
+  return __syncthreads_and(is_done) && threadIdx.x == 0;
 }
 
 // Inputs: x; writes all of out, and x into this rank's part of every peer's region. Launch: blocks
@@ -41,7 +54,7 @@ __global__ void __launch_bounds__(kThreads)
   __syncthreads();
   if (epoch != kAborted) {
     if constexpr (kIsAlone) {
-      if (GatherByBlock(p, epoch) && threadIdx.x == 0) {
+      if (GatherByBlock(p, epoch)) {
         TellConsumed(p.group, epoch);
         Finish(p.group, epoch, false);
       }

@@ -45,16 +45,23 @@ struct Chunk : WarpChunk<Unit> {
         array(static_cast<int>(number / p.chunks_per_array)) {}
 };
 
-// A warp writes a chunk of this rank's numbers into its part of every peer's memory, and into out.
+// A warp writes a chunk of this rank's numbers into its part of every peer's memory, and into
+// `own`.
 template <typename Unit>
-__device__ void Push(const GatherParams<Unit>& p, uint64_t epoch, int64_t chunk) {
-  int me = p.group.rank;
+__device__ void Push(const GatherParams<Unit>& p, uint64_t epoch, int64_t chunk, Unit* own) {
   Chunk<Unit> piece(p, chunk);
   piece.Load(p.x[piece.array]);
   for (int offset = 1; offset < p.group.num_ranks; ++offset) {
-    piece.Store(PartOf(p, Peer(p.group, offset), me, piece.array, epoch));
+    int peer = Peer(p.group, offset);
+    piece.Store(PartOf(p, peer, p.group.rank, piece.array, epoch));
   }
-  piece.Store(p.out[piece.array] + me * p.num_units);
+  piece.Store(own);
+}
+
+// Where this rank's numbers go in the result.
+template <typename Unit>
+__device__ Unit* OwnOut(const GatherParams<Unit>& p, int64_t chunk) {
+  return p.out[chunk / p.chunks_per_array] + p.group.rank * p.num_units;
 }
 
 // A warp copies a chunk of a peer's numbers out, once they are there. False when a rank gave up.
@@ -68,19 +75,16 @@ __device__ bool Copy(const GatherParams<Unit>& p, uint64_t epoch, int64_t item) 
   return true;
 }
 
-// A block alone: its warps all run, so they share the work by number and claim nothing. Whether all
-// is there, to all threads; false when a rank gave up.
-template <typename Unit>
-__device__ bool GatherByBlock(const GatherParams<Unit>& p, uint64_t epoch) {
+// A block alone: its warps all run, so they share the work by number and claim nothing. own(chunk):
+// where a chunk goes beside. Then the peers are told.
+template <typename Unit, typename Own>
+__device__ void PushByBlock(const GatherParams<Unit>& p, uint64_t epoch, Own own) {
   int warp = threadIdx.x / kWarpSize, num_warps = blockDim.x / kWarpSize;
-  for (int64_t chunk = warp; chunk < p.num_chunks(); chunk += num_warps) Push(p, epoch, chunk);
+  for (int64_t chunk = warp; chunk < p.num_chunks(); chunk += num_warps) {
+    Push(p, epoch, chunk, own(chunk));
+  }
   __syncthreads();
   if (threadIdx.x == 0) Publish(p.group, epoch, nullptr);
-  bool is_done = true;
-  for (int64_t item = warp; is_done && item < p.num_items(); item += num_warps) {
-    is_done = Copy(p, epoch, item);
-  }
-  return __syncthreads_and(is_done);
 }
 
 template <typename Unit>

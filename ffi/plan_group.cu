@@ -11,24 +11,44 @@ struct GroupPlanParams {
   PlanParams plan;
 };
 
-// The ids of all ranks and this rank's plan, by one block. Inputs: ids of this rank; writes all ids
-// and all arrays of the plan. Launch: one block of kSmallThreads. The steps are those of
-// protocol.cuh; the peers are told that their ids are consumed while the experts are laid out. When
-// a rank gave up the plan is that of no ids. The same bits on every run.
+// Every rank's ids in its part of this rank's memory: pushes this rank's, and waits for the others.
+// Null when a rank gave up; the same in all threads.
+template <typename Unit>
+__device__ const int32_t* MeetByBlock(const GatherParams<Unit>& p, uint64_t epoch) {
+  const GroupView& group = p.group;
+  PushByBlock(p, epoch, [&](int64_t) { return PartOf(p, group.rank, group.rank, 0, epoch); });
+  int warp = threadIdx.x / kWarpSize;
+  bool is_there = warp >= group.num_ranks || WarpReady{}.Wait(group, epoch, warp);
+  if (!__syncthreads_and(is_there)) return nullptr;
+  return reinterpret_cast<const int32_t*>(PartOf(p, group.rank, 0, 0, epoch));
+}
+
+// The exchange of ids and this rank's plan, by one block. Inputs: ids of this rank; writes all
+// arrays of the plan. Launch: one block of kSmallThreads. The steps are those of protocol.cuh; the
+// ids stay in the parts of this rank's region, and the peers are told that they are consumed at the
+// end. When a rank gave up the plan is that of no ids, which all_ids holds then. The same bits on
+// every run.
 //
 // The examples are those of gather_group.cu and plan.cu, one after the other.
 template <typename Unit>
 __global__ void __launch_bounds__(kSmallThreads)
     GroupSmallPlanKernel(const __grid_constant__ GroupPlanParams<Unit> p) {
-  const GroupView& group = p.gather.group;
+  __shared__ SmallPlanMemory memory;
   __shared__ uint64_t epoch;
+  const GroupView& group = p.gather.group;
+  memory.ZeroCounters(p.plan);
   if (threadIdx.x == 0) epoch = Begin(group, true, nullptr);
   __syncthreads();
-  bool is_done = epoch != kAborted && GatherByBlock(p.gather, epoch);
-  if (!is_done) PoisonGathered(p.gather);
-  __syncthreads();
-  PlanByBlock(p.plan, [&] {
-    if (!is_done) return;
+  const int32_t* ids = epoch == kAborted ? nullptr : MeetByBlock(p.gather, epoch);
+  PlanParams plan = p.plan;
+  if (ids == nullptr) {
+    PoisonGathered(p.gather);
+    __syncthreads();
+  } else {
+    plan.arrays.ids = ids;
+  }
+  PlanByBlock(plan, memory, [&] {
+    if (ids == nullptr) return;
     TellConsumed(group, epoch);
     Finish(group, epoch, false);
   });

@@ -8,7 +8,10 @@ namespace {
 // example.
 __global__ void __launch_bounds__(kSmallThreads)
     SmallPlanKernel(const __grid_constant__ PlanParams p) {
-  PlanByBlock(p, [] {});
+  __shared__ SmallPlanMemory memory;
+  memory.ZeroCounters(p);
+  __syncthreads();
+  PlanByBlock(p, memory, [] {});
 }
 
 }  // namespace

@@ -59,19 +59,49 @@ struct LayoutWarp {
   }
 };
 
-// counters[expert] += a warp's assignments, with all loads under way at once.
-__device__ void CountWarp(const PlanParams& p, const WarpRange& range, int32_t* counters) {
+// A warp's assignments, in registers, with all loads under way at once.
+struct SmallItems {
   int experts[kSmallRounds];
+
+  __device__ SmallItems(const PlanParams& p, const WarpRange& range) {
 #pragma unroll
-  for (int i = 0; i < kSmallRounds; ++i) {
-    int64_t index = range.begin + i * kWarpSize + threadIdx.x % kWarpSize;
-    experts[i] = index < range.end ? LoadItem<false>(p, index).expert : -1;
+    for (int i = 0; i < kSmallRounds; ++i) {
+      experts[i] = Index(range, i) < range.end ? LoadItem<false>(p, Index(range, i)).expert : -1;
+    }
   }
+
+  __device__ static int64_t Index(const WarpRange& range, int i) {
+    return range.begin + i * kWarpSize + threadIdx.x % kWarpSize;
+  }
+
+  // counters[expert] += those of the expert.
+  __device__ void Count(int32_t* counters) const {
 #pragma unroll
-  for (int i = 0; i < kSmallRounds; ++i) {
-    if (experts[i] >= 0) atomicAdd(&counters[experts[i]], 1);
+    for (int i = 0; i < kSmallRounds; ++i) {
+      if (experts[i] >= 0) atomicAdd(&counters[experts[i]], 1);
+    }
   }
-}
+
+  // As PlaceWarp.
+  __device__ void Place(const PlanParams& p, const WarpRange& range, int32_t* counters) const {
+#pragma unroll
+    for (int i = 0; i < kSmallRounds; ++i) {
+      if (range.begin + i * kWarpSize >= range.end) break;
+      Item item{experts[i], false, true};
+      PlaceItems<false>(p, item, Index(range, i), range.end, counters);
+    }
+  }
+};
+
+struct SmallPlanMemory {
+  int32_t counters[kSmallCounters];  // [warps, E]
+  int32_t totals[kSmallExperts], caps[kSmallExperts], starts[kSmallExperts];
+
+  // All threads; then __syncthreads.
+  __device__ void ZeroCounters(const PlanParams& p) {
+    FillZero(counters, p.shape.num_ranks * p.grid.warps * p.shape.num_experts);
+  }
+};
 
 // counters[warp][expert] -> the expert's count in the warps before; totals[expert] = in all.
 __device__ void ScanWarps(const PlanParams& p, int num_warps, int32_t* counters) {
@@ -94,47 +124,45 @@ inline PlanParams SmallPlanParams(const PlanShape& shape,
   return {shape, options, PlanGrid(shape, WarpsPerRank(shape), 1), arrays};
 }
 
-// The steps of plan.cu by position, with all that lies between them in shared memory; each source
-// rank has grid.warps of the warps, and each rank one that lays it out. A block of kSmallThreads,
-// which sees all ids; one thread calls meanwhile() while others work.
+// The steps of plan.cu by position, with all that lies between them in shared memory, its counters
+// zero; each source rank has grid.warps of the warps, and each rank one that lays it out. A block
+// of kSmallThreads, which sees all ids; one thread calls meanwhile() when all have been read.
 template <typename Meanwhile>
-__device__ void PlanByBlock(const PlanParams& given, Meanwhile meanwhile) {
-  __shared__ int32_t counters[kSmallCounters];  // [warps, E]
-  __shared__ int32_t totals[kSmallExperts], caps[kSmallExperts], starts[kSmallExperts];
+__device__ void PlanByBlock(const PlanParams& given, SmallPlanMemory& memory, Meanwhile meanwhile) {
   PlanParams p = given;
-  p.totals = totals;
-  p.caps = caps;
-  p.arrays.group_starts = starts;
+  p.totals = memory.totals;
+  p.caps = memory.caps;
+  p.arrays.group_starts = memory.starts;
   int warp = threadIdx.x / kWarpSize, experts = p.shape.num_experts;
   int num_ranks = p.shape.num_ranks, num_local = experts / num_ranks;
   int num_warps = num_ranks * p.grid.warps;
   WarpRange range(p, warp / p.grid.warps, warp % p.grid.warps);
   if (warp >= num_warps) range.end = range.begin;
-  int32_t* mine = counters + warp * experts;
+  int32_t* mine = memory.counters + warp * experts;
 
-  FillZero(counters, num_warps * experts);
+  SmallItems items(p, range);
+  items.Count(mine);
   __syncthreads();
-  CountWarp(p, range, mine);
-  __syncthreads();
-  ScanWarps(p, num_warps, counters);
+  ScanWarps(p, num_warps, memory.counters);
   __syncthreads();
   if (warp < num_ranks) {
-    LayoutWarp team{totals + warp * num_local, num_local};
+    LayoutWarp team{memory.totals + warp * num_local, num_local};
     LayoutRank(p, team, warp);
   } else if (threadIdx.x == kSmallThreads - 1) {
     meanwhile();
   }
   __syncthreads();
   for (int source = 0; source < num_ranks; ++source) {
-    const int32_t* before = counters + source * p.grid.warps * experts;
-    const int32_t* after = source + 1 == num_ranks ? totals : before + p.grid.warps * experts;
+    const int32_t* before = memory.counters + source * p.grid.warps * experts;
+    const int32_t* after =
+        source + 1 == num_ranks ? memory.totals : before + p.grid.warps * experts;
     WriteSourceCounts<false>(p, source, before, after);
   }
   for (int local = threadIdx.x; local < num_local; local += kSmallThreads) {
-    given.arrays.group_starts[local] = starts[local];
+    given.arrays.group_starts[local] = memory.starts[local];
   }
   __syncthreads();
-  PlaceWarp<false>(p, range, mine);
+  items.Place(p, range, mine);
 }
 
 }  // namespace

@@ -15,23 +15,22 @@ __device__ inline bool HasAborted(const GroupView& group) {
 // What only failures and long waits need stays out of line: the kernels' loops fit the instruction
 // caches without it.
 
-// Ends the work of all ranks: the first failure of this rank is written to the host, then every
-// rank is told. Later calls see the abort word first and do nothing.
+// Ends the work of all ranks: the first failure of this rank, and no later one, is written to the
+// host, then every rank is told. Later calls see the abort word first and do nothing.
 static __device__ __noinline__ void Fail(const GroupView& group, const Failure& failure) {
   Control* own = group.controls[group.rank];
-  if (atomicExch(&own->has_failed, 1u) == 0) {
-    Failure* host = group.failure;
-    host->phase = failure.phase;
-    host->rank = group.rank;
-    host->peer = failure.peer;
-    host->expected = failure.expected;
-    host->seen = failure.seen;
-    host->waited_ns = group.timeout_ns;
-    host->mine = group.signature;
-    host->theirs = failure.theirs;
-    __threadfence_system();
-    *reinterpret_cast<volatile FailureKind*>(&host->kind) = failure.kind;
-  }
+  if (atomicExch(&own->has_failed, 1u) != 0) return;
+  Failure* host = group.failure;
+  host->phase = failure.phase;
+  host->rank = group.rank;
+  host->peer = failure.peer;
+  host->expected = failure.expected;
+  host->seen = failure.seen;
+  host->waited_ns = group.timeout_ns;
+  host->mine = group.signature;
+  host->theirs = failure.theirs;
+  __threadfence_system();
+  *reinterpret_cast<volatile FailureKind*>(&host->kind) = failure.kind;
   if (failure.kind == FailureKind::kPeer) return;
 #pragma unroll 1
   for (int rank = 0; rank < group.num_ranks; ++rank) {
