@@ -1,8 +1,8 @@
 """The devices of the tests and how hypothesis runs.
 
 On a machine without a GPU the tests run on 8 virtual CPU devices. Where JAX's default backend is
-a GPU, all of them run on the GPUs, on meshes of as many ranks as there are.
-JAX_MOE_EP_REQUIRE_GPUS=n makes it an error to find fewer than n.
+a GPU, all of them run on the GPUs, those for any number of ranks on as many of 2, 4 or 8 as there
+are. JAX_MOE_EP_REQUIRE_GPUS=n makes it an error to find fewer than n.
 
 Under tests/launch.py this is one of several processes with one device each, a GPU if there are
 any. All of them run the same tests in the same order, on meshes of all devices.

@@ -35,6 +35,11 @@ IMPLEMENTATIONS = {
 }
 ON_GPUS = DEVICES[0].platform == "gpu"
 
+# The ranks of tests that serve any number: all GPUs, or one in each process. Elsewhere two, which
+# cost the least.
+USES_ALL = ON_GPUS or NUM_PROCESSES > 1
+NUM_RANKS = max(n for n in (2, 4, 8) if n == 2 or (USES_ALL and n <= len(DEVICES)))
+
 # How far float32 results may be from the exact value, relative to the sum of magnitudes: n terms
 # lose at most n roundings of 2^-24, and no test here sums more than 2^7 terms. bf16 and fp16
 # results add half a unit of their last place, 2^-9 and 2^-12, once for every cast on the way.
@@ -57,7 +62,7 @@ def _runs(implementation: str, num_ranks: int) -> bool:
 
 
 def each_implementation(
-    op: str, num_ranks: int = 2, name: str = "implementation"
+    op: str, num_ranks: int = NUM_RANKS, name: str = "implementation"
 ) -> pytest.MarkDecorator:
     """Runs a test on `num_ranks` ranks once for every implementation that can run the op here."""
     names = [i for i in IMPLEMENTATIONS[op] if _runs(i, num_ranks)]
@@ -77,7 +82,8 @@ def each_case(op: str, names: Iterable[str] | None = None) -> pytest.MarkDecorat
         (name, implementation)
         for name in CASES
         for implementation in IMPLEMENTATIONS[op]
-        if name.removesuffix(ALONE) in chosen and _runs(implementation, CASES[name].R)
+        if name.removesuffix(ALONE).removesuffix(TOGETHER) in chosen
+        and _runs(implementation, CASES[name].R)
     ]
     return pytest.mark.parametrize(("name", "implementation"), pairs)
 
@@ -139,13 +145,26 @@ CASES = {
     ),
 }
 
-# The same on one rank, where the kernels can be compared.
-ALONE = "_alone"
+# The same on one rank, where the kernels can be compared; and on all GPUs or processes, of which
+# the cases as they stand leave some out.
+ALONE, TOGETHER = "_alone", f"_on_{NUM_RANKS}"
+
+
+def on_all(case: Case) -> Case:
+    """The case on NUM_RANKS ranks, with as many experts on each; K stays E where it was."""
+    num_experts = case.num_local * NUM_RANKS
+    top_k = num_experts if case.K == case.E else case.K
+    return dataclasses.replace(case, R=NUM_RANKS, E=num_experts, K=top_k)
+
+
+_of_any_size = tuple(CASES.items())
 if ON_GPUS:
     CASES |= {
         name + ALONE: dataclasses.replace(case, R=1, E=case.num_local)
-        for name, case in CASES.items()
+        for name, case in _of_any_size
     }
+if USES_ALL and len(DEVICES) >= NUM_RANKS:
+    CASES |= {name + TOGETHER: on_all(case) for name, case in _of_any_size if case.R != NUM_RANKS}
 
 
 # Routings: ids [R, T, K].

@@ -8,6 +8,7 @@ import numpy as np
 import oracle
 import pytest
 from helpers import (
+    NUM_RANKS,
     Case,
     assert_bitwise_equal,
     assert_plans_equal,
@@ -21,7 +22,7 @@ from helpers import (
 import jax_moe_ep as ep
 
 
-@each_implementation("plan")
+@each_implementation("plan", num_ranks=2)
 def test_exactly_full_works_and_one_over_is_reported(implementation):
     """Rank 0 gets 5 rows of expert 0 and 3 of expert 1; A = 4, so 8 + 4 = 12 rows.
 
@@ -54,12 +55,12 @@ def test_nobody_is_starved(capacity, implementation):
 
     Also C below one block, where nothing can stay.
     """
-    case = Case(T=8, K=2, E=4, R=2, A=4, capacity=capacity)
+    case = Case(T=8, K=2, E=2 * NUM_RANKS, R=NUM_RANKS, A=4, capacity=capacity)
     ids = make_ids("skewed", case)
     plan = run_plan(case, ids, implementation=implementation)
     assert_plans_equal(plan, oracle.plan(case, ids))
-    demand = np.bincount(ids.reshape(-1), minlength=4).reshape(2, 2)
-    for rank in range(2):
+    demand = np.bincount(ids.reshape(-1), minlength=case.E).reshape(case.R, 2)
+    for rank in range(case.R):
         kept, wanted = plan.group_counts[rank], demand[rank]
         assert (kept[kept < wanted] == kept.max()).all()
         assert plan.group_sizes[rank].sum() <= capacity
@@ -75,7 +76,7 @@ def test_a_factor_is_room_for_rows_not_for_padding(implementation):
     assert plan.num_dropped.tolist() == [0]
 
 
-@each_implementation("plan")
+@each_implementation("plan", num_ranks=2)
 @pytest.mark.parametrize(
     ("expert_capacity", "kept"), [(1, 1), (3, 3), (0.25, 1), (0.3, 2), (1.0, 4)]
 )
@@ -98,7 +99,7 @@ def test_expert_capacity(expert_capacity, kept, implementation):
 @each_implementation("plan")
 def test_an_expert_keeps_fewer_rows_than_its_cap_allows_the_others(implementation):
     """Both limits at once: 2 rows an expert first, then the cap of C, if still needed."""
-    case = Case(T=8, K=2, E=4, R=2, expert_capacity=4, capacity=7)
+    case = Case(T=8, K=2, E=2 * NUM_RANKS, R=NUM_RANKS, expert_capacity=4, capacity=7)
     ids = make_ids("skewed", case)
     plan = run_plan(case, ids, implementation=implementation)
     assert_plans_equal(plan, oracle.plan(case, ids))
@@ -138,7 +139,7 @@ def test_the_highest_priority_stays(priority, kept, implementation):
     assert_plans_equal(plan, oracle.plan(PRIORITY, ids, priority))
 
 
-@each_implementation("plan")
+@each_implementation("plan", num_ranks=2)
 def test_priority_decides_across_ranks_and_k(implementation):
     """The last assignment of the last rank is the dearest: it stays, and takes the last row."""
     case = Case(T=2, K=2, E=2, R=2, capacity=2, distinct_experts=False, drop_policy="priority")
@@ -149,7 +150,7 @@ def test_priority_decides_across_ranks_and_k(implementation):
     assert plan.owners.reshape(-1).tolist() == [-1] * 6 + [0, 0]
 
 
-@each_implementation("plan")
+@each_implementation("plan", num_ranks=2)
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, np.float16, np.float64])
 def test_priority_of_any_float_is_compared_in_float32(dtype, implementation):
     """1 + 2^-30 is more than 1 in float64 but equal in float32: a tie, so position decides."""
@@ -164,7 +165,7 @@ def test_priority_of_any_float_is_compared_in_float32(dtype, implementation):
 
 @each_implementation("plan")
 def test_priority_without_a_limit_changes_nothing(implementation):
-    case = Case(T=6, K=2, E=8, R=2, drop_policy="priority")
+    case = Case(T=6, K=2, E=4 * NUM_RANKS, R=NUM_RANKS, drop_policy="priority")
     ids = make_ids("uniform", case)
     plan = run_plan(case, ids, make_priority(case), implementation)
     by_position = oracle.plan(dataclasses.replace(case, drop_policy="position"), ids)

@@ -9,6 +9,7 @@ import oracle
 import pytest
 from helpers import (
     CASES,
+    NUM_RANKS,
     Case,
     assert_bitwise_equal,
     assert_close,
@@ -27,7 +28,7 @@ from helpers import (
 
 import jax_moe_ep as ep
 
-SPREAD = Case(T=6, K=3, E=8, R=2, A=4, H=32)
+SPREAD = Case(T=6, K=3, E=4 * NUM_RANKS, R=NUM_RANKS, A=4, H=32)
 DROPS = dataclasses.replace(SPREAD, capacity=12)
 NAMES = (
     "one_rank",

@@ -1,6 +1,5 @@
 """Plans of a dense routing map, and the errors of maps by their text."""
 
-import dataclasses
 import functools
 import re
 
@@ -9,6 +8,7 @@ import oracle
 import pytest
 from helpers import (
     CASES,
+    NUM_RANKS,
     Case,
     assert_plans_equal,
     collect,
@@ -16,6 +16,7 @@ from helpers import (
     make_floats,
     make_ids,
     make_mesh,
+    on_all,
     on_ranks,
     spread,
 )
@@ -45,7 +46,7 @@ def map_of(case, ids):
 @pytest.mark.parametrize("name", ["two_ranks", "capped", "capped_blocks", "mean_per_expert"])
 def test_plan_of_a_map_is_the_plan_of_its_ids(name, implementation):
     """A1, A8: also with ranks of fewer real tokens; drops of a capacity are as without a map."""
-    case = CASES[name]
+    case = on_all(CASES[name])
     for maker in ("uniform", "masked"):
         ids = rising(case, make_ids(maker, case))
         plan = plan_of_map(case, map_of(case, ids), implementation)
@@ -59,7 +60,7 @@ def test_experts_beyond_k_are_dropped_and_counted(implementation):
 
     By loops: rank r sees all assignments of the map to its experts, and drops those beyond K.
     """
-    case = Case(T=6, K=2, E=8, R=2, A=2)
+    case = Case(T=6, K=2, E=4 * NUM_RANKS, R=NUM_RANKS, A=2)
     routing_map = np.stack([make_map(case.T, case.E, seed) for seed in range(case.R)])
     ids = np.stack([true_experts(rank, case.K) for rank in routing_map])
     expected = oracle.plan(case, ids)
@@ -79,7 +80,7 @@ def test_experts_beyond_k_are_dropped_and_counted(implementation):
 @each_implementation("plan")
 def test_priority_of_a_map_lies_at_its_experts(implementation):
     """priority[t, e] ranks token t at expert e, as large as the map; NaN elsewhere is not read."""
-    case = dataclasses.replace(CASES["priority"], R=2, K=2, capacity=4)
+    case = Case(T=8, K=2, E=4 * NUM_RANKS, R=NUM_RANKS, A=2, capacity=4, drop_policy="priority")
     ids = rising(case, make_ids("uniform", case))
     dense = make_floats(case.R, case.T, case.E)
     routing_map = map_of(case, ids)

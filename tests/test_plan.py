@@ -9,6 +9,7 @@ from helpers import (
     AXIS,
     CASES,
     MAKERS,
+    NUM_RANKS,
     Case,
     assert_bitwise_equal,
     assert_plans_equal,
@@ -17,6 +18,7 @@ from helpers import (
     make_ids,
     make_mesh,
     make_priority,
+    on_all,
     on_ranks,
     one_process,
     planner,
@@ -43,7 +45,7 @@ def test_every_array_is_that_of_the_loops(name, maker, implementation):
     assert plan.config == case.config(implementation)
 
 
-@each_implementation("plan")
+@each_implementation("plan", num_ranks=2)
 def test_by_hand(implementation):
     """Two ranks, two tokens each, experts 0 and 1 on rank 0, 2 and 3 on rank 1, A = 4.
 
@@ -68,7 +70,7 @@ def test_by_hand(implementation):
     assert plan.capacity == 8  # 2 experts of at most 4 tokens
 
 
-@each_implementation("plan")
+@each_implementation("plan", num_ranks=2)
 def test_an_empty_group_takes_no_rows_or_one_block(implementation):
     """All 4 tokens choose expert 1: with a block for expert 0 its rows start at 4, else at 0."""
     ids = np.full((2, 2, 2), -1, np.int32)
@@ -95,7 +97,7 @@ def test_an_expert_named_twice_gets_two_rows(implementation):
     assert plan.group_counts.tolist() == [[0, 3]]
 
 
-@each_implementation("plan")
+@each_implementation("plan", num_ranks=2)
 def test_int64_ids_are_checked_before_they_are_narrowed(implementation):
     """2^32 + 1 and -2^32 + 1 are no experts, though their low 32 bits are those of expert 1."""
     case = Case(T=2, K=2, E=4, R=2)
@@ -110,7 +112,7 @@ def test_int64_ids_are_checked_before_they_are_narrowed(implementation):
 
 @each_implementation("plan")
 def test_int64_ids_of_a_larger_case(implementation):
-    case = CASES["two_ranks"]
+    case = on_all(CASES["two_ranks"])
     ids = make_ids("masked", case).astype(np.int64)
     with jax.enable_x64(True):
         plan = run_plan(case, ids, implementation=implementation)
@@ -120,7 +122,7 @@ def test_int64_ids_of_a_larger_case(implementation):
 @each_implementation("plan")
 def test_a_large_batch(implementation):
     """Enough tokens for several blocks of a kernel, with uneven counts."""
-    case = Case(T=517, K=8, E=64, R=2, A=16, capacity=1.25)
+    case = Case(T=517, K=8, E=32 * NUM_RANKS, R=NUM_RANKS, A=16, capacity=1.25)
     ids = make_ids("skewed", case)
     plan = run_plan(case, ids, implementation=implementation)
     expected = oracle.plan(case, ids)
