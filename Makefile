@@ -1,7 +1,7 @@
 # make demo       train a small Mixture-of-Experts language model on 8 virtual CPU devices
 # make test       run the tests
-# make -j4 test-gpu   run them on all GPUs of this machine, by every path of the kernels, in one
-#                 process and in one per GPU, with failures and a stress run
+# make -j4 test-gpu   run them on all GPUs of this machine, 2, 4 or 8, by every path of the kernels,
+#                 in one process and in one per GPU, with failures and a stress run
 # make lint       check formatting, style and types; make format applies what can be applied
 # make wheel      build a wheel in dist/
 #
@@ -68,6 +68,9 @@ gpu-alone:
 	$(PER_GPU) -m pytest tests/test_group.py
 	$(BIN)/python tests/stress.py
 	$(PER_GPU) tests/stress.py
+	for n in 2 4; do test $$((2 * n)) -gt $(NUM_GPUS) || { \
+		$(BIN)/python tests/stress.py --group-size $$n --steps 4000 && \
+		$(PER_GPU) tests/stress.py --group-size $$n --steps 4000; } || exit 1; done
 
 lint: .venv/linters
 	$(BIN)/ruff format --check $(PYTHON_SOURCES)

@@ -1,5 +1,5 @@
-"""What test_group.py runs on two GPUs in a process of its own: a layer whose experts are the first
-matmuls of the process or, with an argument, x or dout as a constant of the program.
+"""What test_group.py runs on 2, 4 or 8 GPUs in a process of its own: a layer whose experts are the
+first matmuls of the process or, with an argument, x or dout as a constant of the program.
 """
 
 import importlib.util
@@ -13,7 +13,8 @@ from jax.sharding import PartitionSpec as P
 
 import jax_moe_ep as ep
 
-T, K, E, H, R = 256, 4, 16, 512, 2
+T, K, E, H = 256, 4, 16, 512
+R = max(r for r in (2, 4, 8) if r <= len(jax.devices()))
 
 
 def main() -> None:

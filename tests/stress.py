@@ -1,12 +1,13 @@
 """Many steps of changing routing beside collectives and matmuls, on all GPUs. Not for pytest:
 
     python tests/stress.py [--steps 20000]                         one process, all GPUs
+    python tests/stress.py --group-size 2                          EP groups of 2 beside each other
     python tests/launch.py --num-processes 2 -- tests/stress.py    one process a GPU
 
-Every step gathers a weight and scatters its gradient as FSDP does, while tokens of two layers move:
-the counts of every plan, the sum of every dispatched row and every combined token are compared with
-what the ids say, on the device. Values are small integers, so sums are exact. The device memory
-that CUDA reports must not grow.
+Every step gathers a weight from all GPUs and scatters its gradient as FSDP does, while tokens of
+two layers move in the EP groups: the counts of every plan, the sum of every dispatched row and
+every combined token are compared with what the ids say, on the device. Values are small integers,
+so sums are exact. The device memory that CUDA reports must not grow.
 """
 
 import os
@@ -31,7 +32,8 @@ import jax_moe_ep as ep
 
 T, K, E, H = 512, 4, 32, 1024
 STEPS_A_CALL = 20
-SPEC = P("expert")
+AXES = ("data", "expert")
+SPEC = P(AXES)
 
 
 def layer(x, ids, config, weight):
@@ -57,13 +59,13 @@ def make_step(mesh, config):
     def one(carry, key):
         x, shard, wrong = carry
         for i in range(2):
-            weight = lax.all_gather(shard, "expert", tiled=True)  # FSDP's weight
+            weight = lax.all_gather(shard, AXES, tiled=True)  # FSDP's weight
             scores = jax.random.uniform(
-                jax.random.fold_in(key, 2 * lax.axis_index("expert") + i), (T, E)
+                jax.random.fold_in(key, 2 * lax.axis_index(AXES) + i), (T, E)
             )
             ids = lax.top_k(scores, K)[1]
             x, bad = layer(x, ids, config, weight)
-            gradient = lax.psum_scatter(weight * 0, "expert", tiled=True)
+            gradient = lax.psum_scatter(weight * 0, AXES, tiled=True)
             shard, wrong = shard + gradient, wrong + bad
         # New values for the next step: small integers again.
         x = jnp.round((x + 1) * (jnp.abs(x) < 6))
@@ -85,10 +87,10 @@ def make_step(mesh, config):
     )
 
 
-def main(steps: int = 20_000, timeout_s: float = 30.0) -> None:
+def main(steps: int = 20_000, timeout_s: float = 30.0, group_size: int | None = None) -> None:
     join()
-    num_ranks = jax.device_count()
-    mesh = Mesh(np.array(jax.devices()), ("expert",))
+    num_gpus = jax.device_count()
+    mesh = Mesh(np.array(jax.devices()).reshape(-1, group_size or num_gpus), AXES)
     config = ep.EpConfig(E, "expert", alignment=8, implementation="cuda", timeout_s=timeout_s)
     step = make_step(mesh, config)
     rng = np.random.default_rng(0)
@@ -98,9 +100,9 @@ def main(steps: int = 20_000, timeout_s: float = 30.0) -> None:
             array.shape, NamedSharding(mesh, SPEC), lambda index: array[index]
         )
 
-    x = spread(rng.integers(-4, 4, (num_ranks * T, H)).astype(np.float32))
+    x = spread(rng.integers(-4, 4, (num_gpus * T, H)).astype(np.float32))
     shard = spread(rng.standard_normal((H, H)).astype(np.float32))
-    wrong = spread(np.zeros(num_ranks, np.int32))
+    wrong = spread(np.zeros(num_gpus, np.int32))
     memory, started = [], time.monotonic()
     for call in range(steps // STEPS_A_CALL):
         keys = jax.random.split(jax.random.key(call), STEPS_A_CALL)
@@ -116,7 +118,8 @@ def main(steps: int = 20_000, timeout_s: float = 30.0) -> None:
     rate = steps / (time.monotonic() - started)
     # The driver takes its last 2 MB after the first executions.
     assert memory[-1] <= memory[min(1, len(memory) - 1)], f"device memory grew: {memory}"
-    print(f"stress: {steps} steps of two layers, {rate:.0f} a second, all right")
+    groups = f"{num_gpus} GPUs in groups of {mesh.shape['expert']}"
+    print(f"stress: {steps} steps of two layers on {groups}, {rate:.0f} a second, all right")
 
 
 def used_bytes() -> list[int]:

@@ -141,28 +141,74 @@ def test_a_group_over_two_axes(shape, axes):
     assert_layer_right(run_on(mesh, layer, *inputs, axes=(axes,)), BASE, inputs)
 
 
-def test_groups_of_one_beside_each_other():
-    """Groups of one rank: no arena, no waiting, each its own tokens."""
-    check_groups(1)
+# EP beside a data axis: R / num_ranks groups, whose ranks are neighbours or R / num_ranks apart.
+each_order = pytest.mark.parametrize("axes", [("data", AXIS), (AXIS, "data")], ids="-".join)
+each_group_size = pytest.mark.parametrize(
+    "num_ranks",
+    [
+        pytest.param(n, marks=pytest.mark.skipif(2 * n > R, reason=f"needs {2 * n} GPUs"))
+        for n in (1, 2, 4)
+    ],
+)
 
 
-@pytest.mark.skipif(R < 4, reason="needs four GPUs")
-def test_groups_of_several_beside_each_other():
-    """EP beside a data axis: groups of two."""
-    check_groups(2)
+def mesh_of_groups(num_ranks, axes):
+    sizes = {"data": R // num_ranks, AXIS: num_ranks}
+    return Mesh(np.array(GPUS).reshape([sizes[axis] for axis in axes]), axes)
 
 
-def check_groups(num_ranks):
-    """R / num_ranks groups beside each other, each with inputs of its own."""
-    case, num_groups = dataclasses.replace(BASE, R=num_ranks), R // num_ranks
-    mesh = Mesh(np.array(GPUS).reshape(num_groups, num_ranks), ("data", AXIS))
+@each_group_size
+@each_order
+def test_groups_beside_each_other(axes, num_ranks):
+    """Each with inputs of its own, whoever is late; a group of one has no arena and waits for
+    nobody."""
+    case, mesh = dataclasses.replace(BASE, R=num_ranks), mesh_of_groups(num_ranks, axes)
     layer = layer_of(cuda_config(case))
-    inputs = make_inputs(BASE)
-    split = [x.reshape(num_groups, num_ranks, *x.shape[1:]) for x in inputs]
-    results = run_on(mesh, layer, *split, axes=("data", AXIS))
-    for i in range(num_groups):
-        mine = jax.tree.map(lambda leaf, i=i: leaf[i], results)
-        assert_layer_right(mine, case, [x[i] for x in split])
+    inputs = [x.reshape(*mesh.devices.shape, *x.shape[1:]) for x in make_inputs(BASE)]
+    for late in (None, 0, R - 1):
+        set_delay(late)
+        results = run_on(mesh, layer, *inputs, axes=axes)
+        for i in range(R // num_ranks):
+
+            def of_group(leaf, i=i):
+                return np.take(leaf, i, axes.index("data"))
+
+            assert_layer_right(jax.tree.map(of_group, results), case, [of_group(x) for x in inputs])
+
+
+@each_group_size
+@each_order
+def test_a_late_rank_in_one_of_several_groups(axes, num_ranks):
+    """The other groups run ahead of it; tokens, weights and gradients change in every step."""
+    case, mesh = dataclasses.replace(BASE, R=num_ranks), mesh_of_groups(num_ranks, axes)
+    ids = make_ids("uniform", BASE).reshape(*mesh.devices.shape, BASE.T, BASE.K)
+    for steps in (group_steps.dispatch_steps, group_steps.combine_steps):
+        program = steps_of(steps, case, 20)
+        for late in (None, 0, R - 1):
+            set_delay(late, LONG_DELAY_NS)
+            wrong = run_on(mesh, program, ids, axes=axes, check_vma=False)
+            assert not wrong.any(), (steps.__name__, late)
+
+
+@pytest.mark.skipif(R < 4, reason="needs 4 GPUs")
+def test_every_gpu_in_two_groups():
+    """A10: layers over "a" and over "b" of a mesh in turn. Each GPU has an arena and an epoch of
+    either, and a late rank holds up one group through the other."""
+    mesh = Mesh(np.array(GPUS).reshape(2, R // 2), ("a", "b"))
+    x, ids, *_ = make_inputs(BASE)
+    x = np.round(8 * np.abs(x))  # sums are exact, and there is no -0
+    x, ids = (each.reshape(2, R // 2, *each.shape[1:]) for each in (x, ids))
+    configs = [cuda_config(BASE, axis) for axis in ("a", "b")]
+
+    def program(x, ids):
+        for config in 3 * configs:
+            plan = ep.plan(ids, config)
+            x = ep.combine(ep.dispatch(x, plan), plan) / BASE.K
+        return x
+
+    for late in (None, *range(R)):
+        set_delay(late)
+        assert_bitwise_equal(run_on(mesh, program, x, ids, axes=("a", "b")), x)
 
 
 # Routings at the edges.
@@ -251,7 +297,7 @@ def check_steps(steps, case, *args, late=None, num_steps=20):
         assert wrong.tolist() == [0] * R
 
 
-each_late = pytest.mark.parametrize("late", [0, R - 1, None])
+each_late = pytest.mark.parametrize("late", [*sorted({0, R // 2, R - 1}), None])
 
 
 @pytest.mark.parametrize("maker", ["uniform", "one_rank"])
@@ -366,7 +412,7 @@ def test_the_same_bits_on_every_run():
     layer = layer_of(cuda_config(case))
     first = run_on(make_mesh(R), layer, *inputs)
     for turn in range(10):
-        set_delay(turn % 3 if turn % 3 < 2 else None)
+        set_delay(turn if turn < R else None)
         again = run_on(make_mesh(R), layer, *inputs)
         for got, want in zip(jax.tree.leaves(again), jax.tree.leaves(first), strict=True):
             assert_bitwise_equal(got, want)
