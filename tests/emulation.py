@@ -90,6 +90,7 @@ class Way:
     late: int | None = None  # the rank that is late first; then those before it
     late_s: float = 0.05
     num_sms: int = 1  # beyond one the blocks claim; a single one of them runs here, and does all
+    odd: int | None = None  # the rank whose calls have other options than the others'
 
 
 CHANGING = {"x", "dout", "weights"}
@@ -107,6 +108,12 @@ def earlier(name, array, distance):
 
 def run(library, folder, case, op, way, **arrays):
     """For every call of an op that moves rows its changing inputs and its results, of all ranks."""
+    job, arrays = job_of_rows(case, op, way, **arrays)
+    return repeat(library, folder, job, way, **arrays)
+
+
+def job_of_rows(case, op, way, **arrays):
+    """The static side of calls of an op that moves rows, and their arrays."""
     plan = oracle.plan(case, arrays.pop("ids"))
     dtype = arrays["x"].dtype
     rows = arrays["out"] if op != "combine" else arrays["x"]
@@ -126,18 +133,28 @@ def run(library, folder, case, op, way, **arrays):
         "row_bytes": rows.shape[2] * dtype.itemsize,
     }
     names = ("slots", "group_counts", "group_sizes", "group_starts", "owners")
-    return repeat(library, folder, job, way, **arrays, **{name: plan[name] for name in names})
+    return job, arrays | {name: plan[name] for name in names}
 
 
 def repeat(library, folder, job, way, **arrays):
-    """The calls of a job."""
-    job |= {
+    """The calls of a job, none of which fails."""
+    arrays, failures = run_to_the_end(library, folder, job, way, **arrays)
+    assert not failures.any()
+    changed = (CHANGING | RESULTS) & arrays.keys()
+    return [{name: arrays[name][:, i] for name in changed} for i in range(way.repeats)]
+
+
+def run_to_the_end(library, folder, job, way, **arrays):
+    """The arrays after the calls of a job; and [R, 4] kind, phase, rank and peer of failures."""
+    job = job | {
         "num_sms": way.num_sms,
         "timeout_ns": 20_000_000_000,
         "options": 7,
         "repeats": way.repeats,
         "late": way.late,
         "late_s": way.late_s,
+        "odd": way.odd,
+        "odd_options": 8,
     }
     for name in CHANGING & arrays.keys():
         arrays[name] = np.stack(
@@ -151,11 +168,9 @@ def repeat(library, folder, job, way, **arrays):
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     results = dict(np.load(folder / "out.npz"))
-    assert not results.pop("failures").any()
+    failures = results.pop("failures")
     assert not results.pop("launches").any(), "counters must be zero between launches"
-    arrays |= {name: results[name].view(arrays[name].dtype) for name in results}
-    changed = (CHANGING | RESULTS) & arrays.keys()
-    return [{name: arrays[name][:, i] for name in changed} for i in range(way.repeats)]
+    return arrays | {n: results[n].view(arrays[n].dtype) for n in results}, failures
 
 
 def ruined(*shape, dtype=np.float32):

@@ -1,8 +1,8 @@
 """What a group says when it fails: one case a process, run by test_group_failures.py.
 
-    python tests/failure_cases.py NAME [RANK COORDINATOR]
+    python tests/failure_cases.py NAME NUM_RANKS [RANK COORDINATOR]
 
-With a rank, the process drives one GPU of two.
+With a rank, the process drives one GPU of NUM_RANKS.
 """
 
 import dataclasses
@@ -20,16 +20,20 @@ from jax.sharding import PartitionSpec as P
 import jax_moe_ep as ep
 from jax_moe_ep import cuda
 
-T, K, E, H, R = 64, 4, 16, 256, 2
+T, K, E, H = 64, 4, 16, 256
+R = int(sys.argv[2])
+ODD = R // 2  # the rank that fails; not that of jax.distributed's service
 TIMEOUT_S = 2.0
-SPEC = P("expert")
+SPEC = P(("data", "expert"))
 
 
 class Group:
-    """Two GPUs, a plan on them, which lets them meet, and programs of calls."""
+    """All GPUs, in groups of num_ranks beside each other, plans on them, which lets them meet, and
+    programs of calls."""
 
-    def __init__(self, **options):
-        self.mesh = Mesh(np.array(jax.devices()[:R]), ("expert",))
+    def __init__(self, num_ranks=R, **options):
+        devices = np.array(jax.devices()[:R]).reshape(-1, num_ranks)
+        self.mesh = Mesh(devices, ("data", "expert"))
         self.config = self.make_config(**options)
         rng = np.random.default_rng(0)
         ids = np.argsort(rng.random((R, T, E)), axis=2)[..., :K].astype(np.int32)
@@ -89,16 +93,26 @@ def set_fault(rank, **fault):
     cuda.extension("test").set_fault(device=device_of(rank), **fault)
 
 
+def assert_goes_on(group, step):
+    """After a reset."""
+    set_fault(ODD)
+    ep.reset()
+    ep.check()
+    for _ in range(3):
+        assert is_right(group, step(group.x, group.plan))
+    ep.check()
+
+
 # One process.
 
 
 def stopped_and_reset():
-    """Rank 1 takes no part after a good call: poison, errors, and on after a reset."""
+    """A rank takes no part after a good call: poison, errors, and on after a reset."""
     group = Group()
     step = group.round_trip()
     assert is_right(group, step(group.x, group.plan))
     ep.check()
-    set_fault(1, skips=True)
+    set_fault(ODD, skips=True)
     start = time.monotonic()
     out = jax.block_until_ready(step(group.x, group.plan))
     seconds = time.monotonic() - start
@@ -108,18 +122,38 @@ def stopped_and_reset():
     start = time.monotonic()
     print("next execution:", error_of(lambda: step(group.x, group.plan)))
     assert time.monotonic() - start < TIMEOUT_S / 2
-    set_fault(1)
-    ep.reset()
-    ep.check()
-    for _ in range(3):
-        assert is_right(group, step(group.x, group.plan))
-    ep.check()
+    assert_goes_on(group, step)
+
+
+def later_than_the_budget():
+    """A rank comes when the others have given up: it says so, and does nothing."""
+    group = Group()
+    step = group.round_trip()
+    assert is_right(group, step(group.x, group.plan))
+    set_fault(ODD, delay_ns=int(2 * TIMEOUT_S * 1e9))
+    out = jax.block_until_ready(step(group.x, group.plan))
+    assert np.isnan(mine(out)).all()
+    print("check:", error_of(ep.check))
+    assert_goes_on(group, step)
+
+
+def stopped_beside_another_group():
+    """Groups of R / 2: the one without the rank that stops has its results, and no failure."""
+    group = Group(R // 2)
+    step = group.round_trip()
+    assert is_right(group, step(group.x, group.plan))
+    set_fault(ODD, skips=True)
+    out = mine(step(group.x, group.plan))
+    assert (out[: R // 2] == K * mine(group.x)[: R // 2]).all()
+    assert np.isnan(out[R // 2 :]).all()
+    print("check:", error_of(ep.check))
+    assert_goes_on(group, step)
 
 
 def stopped_in_a_plan():
-    """Rank 1 takes no part in the exchange of ids: nobody has a row, and who asks is told."""
+    """A rank takes no part in the exchange of ids: nobody has a row, and who asks is told."""
     group = Group()
-    set_fault(1, skips=True)
+    set_fault(ODD, skips=True)
     plan = group.run(lambda ids: ep.plan(ids, group.config), group.ids)
     assert (mine(plan.slots) == -1).all()
     assert (mine(plan.group_counts) == 0).all()
@@ -142,13 +176,13 @@ def eight_calls_end_in_one_budget():
     before = cuda.extension("test").num_executions()
     jax.block_until_ready(step(group.x, group.plan))
     assert cuda.extension("test").num_executions() == before, "not replayed"
-    set_fault(1, skips=True)
+    set_fault(ODD, skips=True)
     start = time.monotonic()
     out = jax.block_until_ready(step(group.x, group.plan))
     seconds = time.monotonic() - start
     assert seconds < 1.5 * TIMEOUT_S, seconds
     assert np.isnan(mine(out)).all()
-    print(f"gave up in {seconds:.1f} s:", error_of(ep.check))
+    print(f"gave up in {seconds:.1f} s\ncheck:", error_of(ep.check))
 
 
 def a_stall_survives():
@@ -156,7 +190,7 @@ def a_stall_survives():
     group = Group(timeout_s=300.0)
     step = group.program(lambda x, plan: ep.dispatch(x, plan))
     want = mine(step(group.x, group.plan))
-    set_fault(1, delay_ns=60_000_000_000)
+    set_fault(ODD, delay_ns=60_000_000_000)
     start = time.monotonic()
     out = mine(step(group.x, group.plan))
     seconds = time.monotonic() - start
@@ -167,8 +201,8 @@ def a_stall_survives():
 
 
 def out_of_memory():
-    """One rank has no memory for its arena: both say so, and the next execution tries again."""
-    cuda.extension("test").fail_next_meeting(device_of(1), "out_of_memory")
+    """One rank has no memory for its arena: all say so, and the next execution tries again."""
+    cuda.extension("test").fail_next_meeting(device_of(ODD), "out_of_memory")
     print("error:", error_of(Group))
     group = Group()
     assert is_right(group, group.round_trip()(group.x, group.plan))
@@ -183,13 +217,23 @@ def no_peer_access():
 # One process a GPU.
 
 
+def leave():
+    """Without the farewell of jax.distributed, which would wait for the rank that failed. Its
+    service is rank 0's and would take the others along: that rank stays until the test has heard
+    them, which closes its stdin then."""
+    sys.stdout.flush()
+    if jax.process_index() == 0:
+        sys.stdin.read()
+    os._exit(0)
+
+
 def killed():
-    """Rank 1 dies between two steps. Rank 0 gives up after its budget, and says so in the next
+    """A rank dies between two steps. The others give up after their budget, and say so in the next
     step, long before jax.distributed's heartbeat (100 s by default) notices."""
     group = Group()
     step = group.round_trip()
     assert is_right(group, step(group.x, group.plan))
-    if jax.process_index() == 1:
+    if jax.process_index() == ODD:
         os.kill(os.getpid(), signal.SIGKILL)
     time.sleep(1)
     start = time.monotonic()
@@ -198,21 +242,22 @@ def killed():
     assert TIMEOUT_S / 2 < seconds < 3 * TIMEOUT_S, seconds
     assert np.isnan(out).all()
     print("check:", error_of(ep.check))
-    print("next execution:", error_of(lambda: step(group.x, group.plan)), flush=True)
-    os._exit(0)  # jax.distributed would wait for the other at the end
+    print("next execution:", error_of(lambda: step(group.x, group.plan)))
+    leave()
 
 
-def mismatched(rank_0, rank_1):
-    """Each rank runs its own program; plan and x are there, so the programs hold our calls only."""
+def mismatched(usual, odd):
+    """One rank runs a program of its own; plan and x are there, so the programs hold our calls
+    only."""
     group = Group()
     step = group.round_trip()
     assert is_right(group, step(group.x, group.plan))
-    program = (rank_0, rank_1)[jax.process_index()](group)
+    program = (odd if jax.process_index() == ODD else usual)(group)
     start = time.monotonic()
     jax.block_until_ready(program())
     assert time.monotonic() - start < 10 * TIMEOUT_S
-    print("check:", error_of(ep.check), flush=True)
-    os._exit(0)
+    print("check:", error_of(ep.check))
+    leave()
 
 
 def combine_of(group):
@@ -260,8 +305,8 @@ def another_option():
 
 def main() -> None:
     name = sys.argv[1]
-    if len(sys.argv) > 2:
-        rank, coordinator = int(sys.argv[2]), sys.argv[3]
+    if len(sys.argv) > 3:
+        rank, coordinator = int(sys.argv[3]), sys.argv[4]
         jax.distributed.initialize(coordinator, R, rank, local_device_ids=[rank])
     jnp.zeros(1).block_until_ready()
     globals()[name]()

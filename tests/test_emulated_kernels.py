@@ -4,7 +4,7 @@ import ml_dtypes
 import numpy as np
 import oracle
 import pytest
-from emulation import OPS, Way, repeat, ruined, run
+from emulation import OPS, Way, job_of_rows, repeat, ruined, run, run_to_the_end
 from helpers import Case, assert_bitwise_equal, make_bits, make_floats, make_ids, one_process
 from native_build import needs_compiler
 
@@ -167,8 +167,13 @@ def test_gather(library, tmp_path, name, num_arrays, num_sms):
 
 def gathered(library, folder, R, T, K, row_bytes, way, **arrays):
     """For every call of gather its inputs and results, of all ranks."""
+    job = job_of_gather(R, T, K, row_bytes, **arrays)
+    return repeat(library, folder, job, way, **arrays)
+
+
+def job_of_gather(R, T, K, row_bytes, **arrays):
     unused = ("type", "num_groups", "alignment", "capacity", "zero_tail")
-    job = {
+    return {
         **dict.fromkeys(unused, 0),
         "op": OPS["gather"],
         "num_ranks": R,
@@ -178,7 +183,6 @@ def gathered(library, folder, R, T, K, row_bytes, way, **arrays):
         "top_k": K,
         "row_bytes": row_bytes,
     }
-    return repeat(library, folder, job, way, **arrays)
 
 
 def test_gather_of_nothing(library, tmp_path):
@@ -193,3 +197,45 @@ def test_the_example_of_gather(library, tmp_path):
     out = ruined(2, 4, 1, dtype=np.int32)
     (call,) = gathered(library, tmp_path, 2, 2, 1, 4, Way(), x=x, out=out)
     assert call["out"].reshape(2, 4).tolist() == [[1, 2, 3, 4]] * 2
+
+
+# Failures: FailureKind and Phase of layout.h.
+MISMATCH, OF_PEER, READY = 2, 3, 3
+
+
+@pytest.mark.parametrize("num_ranks", [4, 8])
+@pytest.mark.parametrize("op", OPS)
+def test_a_rank_in_another_call_is_named_by_all(library, tmp_path, op, num_ranks):
+    """Rank 2 has other options, and every rank needs every other one. Who finds it names it, and it
+    names anybody; who stops because of an error names a rank that found it, or that stopped and
+    says because of whom. All results are poisoned."""
+    case, odd = Case(T=3, K=8, E=8, R=num_ranks, A=2, H=32), 2
+    ids, way = make_ids("uniform", case), Way(odd=odd)
+    out = ruined(case.R, case.R * case.T if op == "gather" else case.T, case.H)
+    arrays = {"x": make_floats(case.R, case.T, case.H), "out": out}
+    if op == "gather":
+        job = job_of_gather(case.R, case.T, case.H, 4 * case.H, **arrays)
+    else:
+        y, weights = make_experts(case, oracle.plan(case, ids), np.float32)
+        if op == "dispatch":
+            arrays["out"] = ruined(*y.shape)
+        elif op == "combine":
+            arrays |= {"x": y, "weights": weights}
+        else:
+            dweights = ruined(case.R, case.T, case.K)
+            rows = {"x": y, "out": ruined(*y.shape), "dweights": dweights}
+            arrays = {"dout": arrays["x"], "weights": weights, **rows}
+        job, arrays = job_of_rows(case, op, way, ids=ids, **arrays)
+    after, failures = run_to_the_end(library, tmp_path, job, way, **arrays)
+    assert failures[:, 2].tolist() == list(range(case.R))
+    for rank, (kind, phase, _, peer) in enumerate(failures):
+        if kind == MISMATCH:
+            assert phase == READY
+            assert (peer == odd) != (rank == odd)
+            continue
+        for _ in range(case.R):
+            if failures[peer, 0] == OF_PEER:
+                peer = failures[peer, 3]
+        assert failures[peer, 0] == MISMATCH
+    for name in {"out", "dweights"} & after.keys():
+        assert (after[name].view(np.uint8) == 0xFF).all(), name

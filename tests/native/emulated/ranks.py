@@ -63,6 +63,7 @@ def main():
     given = dict(np.load(sys.argv[2]))
     static = json.loads(str(given.pop("job")))
     repeats, late, late_s = (static.pop(name) for name in ("repeats", "late", "late_s"))
+    odd, odd_options = (static.pop(name) for name in ("odd", "odd_options"))
     num_ranks = static["num_ranks"]
     arrays = {name: share(array) for name, array in given.items()}
     controls = shared(num_ranks * library.control_bytes())
@@ -78,8 +79,9 @@ def main():
         mine = {name: array[rank] for name, array in arrays.items()}
         for turn in range(repeats):
             now = {name: mine[name][turn] if name in CHANGING else mine[name] for name in mine}
+            options = odd_options if rank == odd else static["options"]
             job = Job(
-                **{**static, "rank": rank, "half_bytes": half},
+                **{**static, "rank": rank, "options": options, "half_bytes": half},
                 controls=controls.ctypes.data,
                 regions=regions.ctypes.data,
                 launch=launches[rank].ctypes.data,
@@ -103,7 +105,7 @@ def main():
         children.append(child)
     codes = [os.waitpid(child, 0)[1] for child in children]
     results = {name: arrays[name] for name in RESULTS if name in arrays}
-    results["failures"] = np.array([f[:4].view(np.uint32)[0] for f in failures])
+    results["failures"] = np.stack([f[:16].view(np.int32) for f in failures])
     results["launches"] = np.stack(launches)
     np.savez(sys.argv[3], **results)
     sys.exit(any(codes))
