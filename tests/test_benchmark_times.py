@@ -1,0 +1,158 @@
+"""How times are read off a profile, and the limits beside them."""
+
+import dataclasses
+import types
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from benchmarking import DEVICES, routing_by_hand, tiny_bench
+
+from benchmarks import limits, report, timing
+
+# Times.
+
+
+def plane(*streams):
+    """A GPU of a profile, with (start, duration) of its events in microseconds."""
+    lines = [
+        types.SimpleNamespace(
+            name=name,
+            events=[
+                types.SimpleNamespace(start_ns=s * 1e3, duration_ns=d * 1e3) for s, d in events
+            ],
+        )
+        for name, events in streams
+    ]
+    return types.SimpleNamespace(lines=lines)
+
+
+def test_executions_of_a_profile():
+    """Two executions on two streams: 0-10, 20-30, 25-45 and 28-32; 5 ms later 5000-12000, in which
+    5001-5002 and 11000-11500 lie.
+
+    From start to end they take 45 and 7000; the first is busy for 10 + 25.
+    """
+    gpu = plane(
+        ("Stream #1", [(20, 10), (0, 10), (28, 4), (5000, 7000)]),
+        ("Stream #2", [(25, 20), (5001, 1), (11000, 500)]),
+        ("XLA Ops", [(0, 9000)]),
+    )
+    executions = timing._executions(gpu)
+    assert [timing.span_ns(e) for e in executions] == [45e3, 7e6]
+    assert [timing.busy_ns(e) for e in executions] == [35e3, 7e6]
+
+
+def profiled(monkeypatch, *profiles):
+    """program_times_us of two calls, with profiles that are already there."""
+    left = list(profiles)
+
+    class ProfileData:
+        from_file = staticmethod(lambda path: types.SimpleNamespace(planes=left.pop(0)))
+
+    class Trace:
+        def __init__(self, folder, profiler_options):
+            (Path(folder) / "a.xplane.pb").touch()
+
+        __enter__ = __exit__ = lambda self, *_: None
+
+    monkeypatch.setattr(timing.jax.profiler, "trace", Trace)
+    monkeypatch.setattr(timing.jax.profiler, "ProfileData", ProfileData)
+    monkeypatch.setattr(timing.time, "sleep", lambda _: None)
+    arrays = [jax.device_put(jnp.zeros(1), device) for device in DEVICES[:2]]
+    return timing.program_times_us([(lambda x: x, (arrays,))] * 2)
+
+
+def profile(*durations):
+    """Of one GPU for each list of durations, in microseconds, every 5 ms."""
+    gpus = [plane(("Stream #7", [(5000 * i, d) for i, d in enumerate(each)])) for each in durations]
+    for i, each in enumerate(gpus):
+        each.name = f"/device:GPU:{i}"
+    return gpus
+
+
+def test_the_slowest_gpu_counts(monkeypatch):
+    """Executions take 10 + i and 25 us; a third GPU, which nobody uses, has an empty plane."""
+    n = timing.NUM_REPEATS
+    planes = profile([10 + i for i in range(2 * n)], [25] * 2 * n, [])
+    first, second = profiled(monkeypatch, planes)
+    np.testing.assert_allclose(first + second, [max(10 + i, 25) for i in range(2 * n)])
+    assert len(first) == n
+
+
+def test_a_profile_with_a_divided_execution_is_made_again(monkeypatch):
+    n = timing.NUM_REPEATS
+    divided, whole = profile([10] * (2 * n + 1), [10] * 2 * n), profile([7] * 2 * n, [8] * 2 * n)
+    assert profiled(monkeypatch, divided, whole) == [pytest.approx([8] * n)] * 2
+
+
+def test_profiles_without_a_gpu_are_refused(monkeypatch):
+    only = profile([10] * 2 * timing.NUM_REPEATS)
+    with pytest.raises(RuntimeError, match=r"40 executions on each of 2 GPUs, .* has \[40\]"):
+        profiled(monkeypatch, only, only)
+
+
+def test_processes_start_together(monkeypatch):
+    """From 13 ms on, by a clock that is read every 2 ms, the next multiple of 10 ms is 20."""
+    readings = iter(range(13_000_000, 100_000_000, 2_000_000))
+    monkeypatch.setattr(timing.time, "monotonic_ns", lambda: next(readings))
+    timing._await_common_start()
+    assert next(readings) == 13_000_000  # one process need not wait
+    monkeypatch.setattr(timing.jax, "process_count", lambda: 2)
+    timing._await_common_start()
+    assert next(readings) == 23_000_000
+
+
+# Limits.
+
+
+def test_peer_copies_move_every_pairs_bytes():
+    """48 and 80 bytes, several times, all pairs together; nothing at all is 16 bytes."""
+    seen = []
+
+    def times(calls, duration):
+        assert duration is timing.busy_ns
+        ((program, (sources,)),) = calls
+        for source, copied in zip(sources, program(sources), strict=True):
+            (start,), (end,) = source.devices(), copied.devices()
+            seen.append((start.id, end.id, copied.nbytes))
+        return [[8.0 * limits.NUM_PEER_COPIES]]
+
+    bench = dataclasses.replace(tiny_bench(), times=times)
+    a, b = (device.id for device in bench.mesh.devices.flat)
+    assert limits.peer_us(bench, np.array([[0, 48], [80, 0]])) == 8
+    assert seen == [(a, b, 48), (b, a, 80)] * limits.NUM_PEER_COPIES
+    assert limits.peer_us(bench, np.array([[0, 48], [80, 0]])) == 8
+    assert len(seen) == 2 * limits.NUM_PEER_COPIES, "measured twice"
+    seen.clear()
+    assert limits.peer_us(bench, np.array([[0, 0], [80, 0]])) == 8
+    assert set(seen) == {(a, b, 16), (b, a, 80)}
+
+
+def test_limits_by_hand():
+    """16 bytes at 1e-3 GB/s take 16 us. At 10 bytes a microsecond 240 bytes take 24, 128 12.8."""
+    shape, ids = routing_by_hand()
+    bench = dataclasses.replace(tiny_bench(), peer_gbps=1e-3)
+    limit = limits.limits(bench, shape, ids, bytes_per_us=10)
+    known = {"local_bytes": 240, "remote_bytes": 16, "P_us": 16.0, "M_us": 24.0}
+    assert limit["dispatch"] == limit["plan_and_dispatch"] == known
+    assert limit["combine"] == limit["dispatch_backward"]
+    assert limit["combine"] == {**known, "local_bytes": 128, "M_us": 16.0}
+    assert limit["combine_backward"]["M_us"] == 30.4
+    assert limit["round_trip"]["M_us"] == 40
+    assert "plan" not in limit
+
+
+def test_without_p_there_is_no_m(capsys):
+    def times(*args, **options):
+        raise RuntimeError("no profile")
+
+    shape, ids = routing_by_hand()
+    bench = dataclasses.replace(tiny_bench(), times=times)
+    limit = limits.limits(bench, shape, ids, bytes_per_us=10)
+    assert limit["dispatch"] == {"local_bytes": 240, "remote_bytes": 16}
+    assert "P is left out: no profile" in capsys.readouterr().err
+    row = report.make_row(shape, "dispatch", "", 5.0, limit["dispatch"])
+    assert "ratio" not in row
