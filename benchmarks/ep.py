@@ -6,6 +6,9 @@ JAX_MOE_EP_COORDINATOR, JAX_MOE_EP_PROCESS and JAX_MOE_EP_NUM_PROCESSES. XLA cap
 as CUDA graphs with XLA_FLAGS=--xla_gpu_graph_min_graph_size=1. What the GPUs share lies outside of
 XLA's pool: set XLA_PYTHON_CLIENT_PREALLOCATE=false.
 
+The results of two GPUs are ep.json, those of R others ep-R.json, and with "-processes" of one
+process a GPU. There P is not measured: give the P_GBps of a run in one process as --peer-gbps.
+
 --ragged SECONDS adds lax.ragged_all_to_all, by NCCL and by XLA's one-shot kernel, which is its
 default. Each program is compiled with its own setting, so one run measures both. They come last
 and each result is written at once, because a hang ends the process; then --ragged-only with
@@ -40,7 +43,7 @@ from benchmarks.group import (
     ops,
 )
 from benchmarks.limits import copy_rate, describe_limits, limits
-from benchmarks.report import LOOP, Row, label, make_row, plot, show
+from benchmarks.report import LOOP, Row, label, make_row, plot, result_name, show
 from benchmarks.shapes import GroupShape, group_sweep, quick_points
 from benchmarks.timing import RESULTS, save
 
@@ -175,11 +178,15 @@ def main(
     ] = None,
 ) -> None:
     join_processes()
+    if jax.process_count() > 1 and ranks not in (None, jax.device_count()):
+        raise typer.BadParameter(
+            f"--ranks {ranks} leaves some of the {jax.process_count()} processes without a rank. "
+            "Start as many processes as ranks"
+        )
     bench = make_bench(ranks, wall, peer_gbps)
-    name = "ep" if jax.process_count() == 1 else "ep-processes"
-    name += "-ragged" * ragged_only
+    name = result_name("ep", bench.mesh.size) + "-ragged" * ragged_only
     is_first = jax.process_index() == 0
-    console = Console(width=160, quiet=not is_first)
+    console = Console(width=180, quiet=not is_first)
     rate = copy_rate(bench, 1e6 if wall else 1e9)
     points = (quick_points if quick else group_sweep)(bench.mesh.size)
     rows: list[Row] = []
@@ -190,8 +197,8 @@ def main(
         rows.extend(new_rows)
         if is_first:
             flags = os.environ.get("XLA_FLAGS", "")
-            more = {"limits": describe_limits(bench, rate), "xla_flags": flags, "seconds": seconds}
-            save(name, rows, out, **more)
+            described = describe_limits(bench, rate, rows)
+            save(name, rows, out, limits=described, xla_flags=flags, seconds=seconds)
 
     at = shrunk if wall else lambda shape: shape
     measured = [] if ragged_only else points

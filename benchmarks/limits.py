@@ -12,12 +12,14 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from benchmarks.group import Bench
-from benchmarks.shapes import GroupShape, traffic
+from benchmarks.shapes import GroupShape, most_of_a_rank, traffic
 from benchmarks.stock import AXIS
 from benchmarks.timing import busy_ns
 
 NUM_PEER_COPIES = 8
 LIMITED = ("dispatch", "combine", "combine_backward")
+
+Pairs = list[tuple[int, int]]  # (source, target)
 
 
 def copy_rate(bench: Bench, num_bytes: float = 1e9) -> float:
@@ -31,30 +33,54 @@ def copy_rate(bench: Bench, num_bytes: float = 1e9) -> float:
     return num_bytes * len(arrays) / statistics.median(times)
 
 
+def copy_orders(num_ranks: int) -> list[list[Pairs]]:
+    """The ways to start the copies of all pairs, each a list of those that start together: a turn
+    for each distance of the ranks, in which nobody is sent to twice; or all of them at once."""
+    turns = [
+        [(source, (source + distance) % num_ranks) for source in range(num_ranks)]
+        for distance in range(1, num_ranks)
+    ]
+    at_once = [pair for turn in turns for pair in turn]
+    return [turns] if num_ranks == 2 else [turns, [at_once]]
+
+
 @functools.cache
 def peer_copy_us(bench: Bench, remote: tuple[tuple[int, ...], ...]) -> float:
-    """Every rank's bytes to every other, at once, by the copy engines.
+    """Every rank's bytes to all others at once, by the copy engines, in the faster order.
 
     Several copies follow each other, so that those of all directions run together; the time is
     that in which at least one runs on the slowest GPU, without what the host takes to start them.
     """
     devices = list(bench.mesh.devices.flat)
-    sources, targets = [], []
-    for i in range(NUM_PEER_COPIES):
-        for source, target in np.ndindex(len(remote), len(remote)):
-            if source != target:
-                size = max(remote[source][target], 16)  # no bytes would leave no trace
-                sources.append(jax.device_put(jnp.full(size, i, jnp.uint8), devices[source]))
-                targets.append(devices[target])
-    copy = functools.partial(jax.device_put, device=targets)
-    (times,) = bench.times([(copy, (sources,))], duration=busy_ns)
-    return statistics.median(times) / NUM_PEER_COPIES
+    orders = copy_orders(len(devices))
+    sources = [
+        {
+            # No bytes would leave no trace.
+            (source, target): jax.device_put(
+                jnp.full(max(remote[source][target], 16), i, jnp.uint8), devices[source]
+            )
+            for pairs in orders[0]
+            for source, target in pairs
+        }
+        for i in range(NUM_PEER_COPIES)
+    ]
+
+    def copy(order: list[Pairs], sources: list[dict[tuple[int, int], jax.Array]]) -> Any:
+        return [
+            jax.device_put([each[pair] for pair in pairs], [devices[target] for _, target in pairs])
+            for each in sources
+            for pairs in order
+        ]
+
+    calls = [(functools.partial(copy, order), (sources,)) for order in orders]
+    times = bench.times(calls, duration=busy_ns)
+    return min(map(statistics.median, times)) / NUM_PEER_COPIES
 
 
 def peer_us(bench: Bench, remote: np.ndarray) -> float | None:
     """P of these bytes; None where it is not known, which is printed if it should be."""
     if bench.peer_gbps is not None:
-        return float(remote.max()) / bench.peer_gbps * 1e-3
+        return most_of_a_rank(remote) / bench.peer_gbps * 1e-3
     if jax.process_count() > 1 or bench.mesh.size == 1:
         return None
     try:
@@ -67,14 +93,19 @@ def peer_us(bench: Bench, remote: np.ndarray) -> float | None:
 def limits(
     bench: Bench, shape: GroupShape, ids: np.ndarray, bytes_per_us: float
 ) -> dict[str, dict[str, float]]:
-    """By op: the bytes in the memory of the rank that moves most, the most from one rank to
-    another, P, and M, which is not known without P. combine's bytes take P the other way."""
+    """By op: the bytes in the memory of the rank that moves most; the most that a rank sends to
+    all others, or receives, and the same with its own tokens; P, and M, which is not known without
+    P. combine's bytes take P the other way."""
     p = peer_us(bench, traffic("dispatch", shape, ids).remote)
     result = {}
     for op in LIMITED:
         moved = traffic(op, shape, ids)
-        local, remote = int(moved.local.max()), int(moved.remote.max())
-        result[op] = {"local_bytes": local, "remote_bytes": remote}
+        local = int(moved.local.max())
+        result[op] = {
+            "local_bytes": local,
+            "remote_bytes": most_of_a_rank(moved.remote),
+            "routed_bytes": most_of_a_rank(moved.routed),
+        }
         if p is not None:
             result[op] |= {"P_us": p, "M_us": max(p, local / bytes_per_us)}
     there, back = result["dispatch"], result["combine"]
@@ -84,10 +115,20 @@ def limits(
     return result
 
 
-def describe_limits(bench: Bench, bytes_per_us: float) -> dict[str, Any]:
-    how = "two-way copy by the copy engines in this run; rows without P_us: it failed"
+def describe_limits(
+    bench: Bench, bytes_per_us: float, rows: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """How they were found; P_GBps is P's rate at the first point that has it."""
+    how = "every rank's copies to all others by the copy engines in this run; rows without P_us: "
+    how += "it failed"
     if jax.process_count() > 1:
         how = "left out: device_put cannot copy between processes"
     if bench.peer_gbps is not None:
         how = f"remote_bytes at {bench.peer_gbps} GB/s, given with --peer-gbps"
-    return {"copy_TBps": bytes_per_us * 1e-6, "P": how, "M": "max(P, local_bytes at copy_TBps)"}
+    rates = [row["remote_bytes"] / row["P_us"] * 1e-3 for row in rows if "P_us" in row]
+    return {
+        "copy_TBps": bytes_per_us * 1e-6,
+        "P": how,
+        **({"P_GBps": rates[0]} if rates else {}),
+        "M": "max(P, local_bytes at copy_TBps)",
+    }

@@ -3,6 +3,7 @@
 import pathlib
 from typing import Any
 
+import jax
 from rich.console import Console
 from rich.table import Table
 
@@ -14,9 +15,21 @@ LOOP = "in a loop"
 Row = dict[str, Any]
 
 
+def result_name(benchmark: str, num_ranks: int) -> str:
+    """Of two ranks that of the benchmark, which says how many others are: ep-4, ep-4-processes."""
+    parts = [benchmark, str(num_ranks) * (num_ranks != 2), "processes" * (jax.process_count() > 1)]
+    return "-".join(filter(None, parts))
+
+
 def make_row(shape: GroupShape, op: str, form: str, us: float, limit: dict[str, float]) -> Row:
+    """ratio: to M. GB/s, where bytes cross, of those alone and with those of own tokens."""
     row = {**vars(shape), "C": shape.num_rows, "op": op, "form": form, "us": us, **limit}
-    return row | {"ratio": us / limit["M_us"]} if "M_us" in limit else row
+    if "M_us" in limit:
+        row["ratio"] = us / limit["M_us"]
+    for which in ("remote", "routed"):
+        if f"{which}_bytes" in limit:
+            row[f"{which}_GBps"] = limit[f"{which}_bytes"] / us * 1e-3
+    return row
 
 
 def label(shape: GroupShape) -> str:
@@ -36,8 +49,9 @@ def best_stock(rows: list[Row], row: Row) -> Row | None:
 def show(rows: list[Row], console: Console) -> None:
     """Each of our rows, with the fastest stock form beside it."""
     letters = ("T", "H", "K", "A", "tail", "C", "num_sms", "routing")
-    limits = ("remote MB", "local MB", "P us", "M us", "us/M")
-    table = Table(*letters[:-2], "SMs", "routing", "op", "us", *limits, "stock us")
+    limits = ("remote MB", "local MB", "P us", "M us", "us/P", "us/M")
+    rates = ("GB/s remote", "with own")
+    table = Table(*letters[:-2], "SMs", "routing", "op", "us", *limits, *rates, "stock us")
     for r in [r for r in rows if r["form"] in ("", LOOP)]:
         best = None if r["form"] else best_stock(rows, r)
         table.add_row(
@@ -49,7 +63,8 @@ def show(rows: list[Row], console: Console) -> None:
                 for key in ("remote_bytes", "local_bytes")
             ],
             *[f"{r[key]:.1f}" if key in r else "-" for key in ("P_us", "M_us")],
-            f"{r['ratio']:.2f}" if "ratio" in r else "-",
+            *[f"{r['us'] / r[key]:.2f}" if key in r else "-" for key in ("P_us", "M_us")],
+            *[f"{r[key]:.0f}" if key in r else "-" for key in ("remote_GBps", "routed_GBps")],
             f"{best['us']:.1f}" if best else "-",
         )
     if rows:
@@ -63,7 +78,8 @@ def plot(rows: list[Row], path: pathlib.Path) -> None:
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    standard = {key: value for key, value in vars(GroupShape(R=rows[0]["R"])).items() if key != "T"}
+    num_ranks = rows[0]["R"]
+    standard = {key: value for key, value in vars(GroupShape(R=num_ranks)).items() if key != "T"}
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
 
     def draw(points: list[Row], key: str, style: str, **options: Any) -> None:
@@ -80,7 +96,8 @@ def plot(rows: list[Row], path: pathlib.Path) -> None:
         draw(others, "us", "x-", color=f"C{index}", linewidth=0.7, label=f"stock JAX's {op}")
         if op == LIMITED[0]:
             draw(points, "P_us", "k--", label="P")
-    axes.set(xlabel="tokens T a rank", ylabel="µs", title="H = 7168, K = 8, A = 128, bf16")
+    title = f"R = {num_ranks}, H = 7168, K = 8, A = 128, bf16"
+    axes.set(xlabel="tokens T a rank", ylabel="µs", title=title)
     axes.legend(fontsize=7)
     figure.savefig(path, dpi=130)
     plt.close(figure)

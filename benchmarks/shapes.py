@@ -189,16 +189,26 @@ def load(shape: Shape, ids: np.ndarray) -> Load:
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """The bytes of one op: `remote` [R, R] from one rank to another, diagonal 0, and `local` [R]
-    in each rank's memory."""
+    """The bytes of one op: `routed` [R, R] of the tokens of one rank that have a row on another, or
+    on itself, and `local` [R] in each rank's memory."""
 
-    remote: np.ndarray
+    routed: np.ndarray
     local: np.ndarray
+
+    @property
+    def remote(self) -> np.ndarray:
+        """[R, R] of `routed`, what crosses between ranks: diagonal 0."""
+        return self.routed * (1 - np.eye(len(self.routed), dtype=int))
+
+
+def most_of_a_rank(pairs: np.ndarray) -> int:
+    """Of bytes [R, R] from rank to rank, the most that one sends, or receives, in all."""
+    return int(max(pairs.sum(0).max(), pairs.sum(1).max()))
 
 
 def traffic(op: str, shape: GroupShape, ids: np.ndarray) -> Traffic:
-    """bytes_moved on every rank, and what crosses between ranks: each token once for each other
-    rank that has one of its rows; for combine the same number of partials, the other way."""
+    """bytes_moved on every rank, and what goes between ranks: each token once for each rank that
+    has one of its rows; for combine the same number of partials, the other way."""
     routed = load(shape, ids)
     remote = routed.token_pairs * (1 - np.eye(shape.R, dtype=int))
     local = [
@@ -210,5 +220,5 @@ def traffic(op: str, shape: GroupShape, ids: np.ndarray) -> Traffic:
             strict=True,
         )
     ]
-    direction = remote.T if op == "combine" else remote
-    return Traffic(direction * shape.row_bytes, np.array(local))
+    pairs = routed.token_pairs.T if op == "combine" else routed.token_pairs
+    return Traffic(pairs * shape.row_bytes, np.array(local))

@@ -39,7 +39,7 @@ import jax_moe_ep as ep
 from benchmarks import stock
 from benchmarks.ep import join_processes
 from benchmarks.group import Bench, largest, make_bench, one_by_one
-from benchmarks.report import Row
+from benchmarks.report import Row, result_name
 from benchmarks.shapes import GroupShape
 from benchmarks.timing import RESULTS, save
 
@@ -272,8 +272,8 @@ def main(
     gemm = gemm or ("tokamax" if has_tokamax else "lax")
     rows = measure(bench, shape, inner, num_layers, gemm)
     if jax.process_index() == 0:
-        name = "step" if jax.process_count() == 1 else "step-processes"
         show(rows, Console(width=140))
+        name = result_name("step", num_ranks)
         print(save(name, rows, out, xla_flags=os.environ.get("XLA_FLAGS", "")))
 
 

@@ -1,5 +1,6 @@
 """What the tests of the benchmarks between GPUs share: a tiny one on CPU devices."""
 
+import dataclasses
 import functools
 
 import jax
@@ -14,15 +15,16 @@ TINY = GroupShape(T=5, H=8, K=2, A=4, E=8, capacity="worst")
 
 
 @functools.cache
-def tiny_bench():
-    """Of the reference on two devices; `times` is given by the tests that need it."""
-    mesh = Mesh(np.array(DEVICES[:2]), (stock.AXIS,))
+def tiny_bench(num_ranks=2):
+    """Of the reference; `times` is given by the tests that need it."""
+    mesh = Mesh(np.array(DEVICES[:num_ranks]), (stock.AXIS,))
     return group.Bench(mesh, "reference", timing.wall_times_us, 2, 4)
 
 
 @functools.cache
-def tiny_inputs():
-    return group.make_inputs(tiny_bench(), TINY, with_stock=True)
+def tiny_inputs(num_ranks=2):
+    shape = dataclasses.replace(TINY, R=num_ranks)
+    return group.make_inputs(tiny_bench(num_ranks), shape, with_stock=True)
 
 
 def routing_by_hand():

@@ -1,6 +1,7 @@
 """The points of the benchmarks, and the bytes that each op must move there."""
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
@@ -25,12 +26,13 @@ def test_bytes_by_hand():
         moved = shapes.traffic(op, shape, ids)
         assert moved.local.tolist() == [16 * rows] * 2, op
         assert moved.remote.tolist() == [[0, 16], [16, 0]], op
+        assert moved.routed.tolist() == [[32, 16], [16, 32]], op
     undefined = dataclasses.replace(shape, tail="undefined")  # writes the 6 aligned rows
     assert shapes.traffic("dispatch", undefined, ids).local.tolist() == [16 * 9] * 2
 
 
 @pytest.mark.parametrize("routing", ["uniform", "skewed", "one_rank"])
-@pytest.mark.parametrize("num_ranks", [1, 2, 4])
+@pytest.mark.parametrize("num_ranks", [1, 2, 4, 8])
 @pytest.mark.parametrize("tail", ["zero", "undefined"])
 def test_bytes_are_those_of_loops(routing, num_ranks, tail):
     shape = GroupShape(9, 8, 3, 4, tail, 16, num_ranks, routing, "worst")
@@ -73,7 +75,28 @@ def test_bytes_of_the_standard_point():
     for op, megabytes in {"dispatch": 728, "combine": 646, "combine_backward": 1200}.items():
         moved = shapes.traffic(op, shape, ids)
         np.testing.assert_allclose(moved.local / 1e6, megabytes, rtol=5e-3)
-        np.testing.assert_allclose(moved.remote.max() / 1e6, 58.5, rtol=5e-3)
+        np.testing.assert_allclose(shapes.most_of_a_rank(moved.remote) / 1e6, 58.5, rtol=5e-3)
+
+
+@pytest.mark.parametrize(("num_ranks", "megabytes"), [(2, 58.5), (4, 159.2), (8, 272.0)])
+def test_bytes_that_a_rank_sends_at_the_standard_point(num_ranks, megabytes):
+    """A token has none of its K = 8 experts among the 256 / R of a rank with the probability
+    C(256 - 256 / R, 8) / C(256, 8), so it goes to R - 1 other ranks with what is left of 1."""
+    shape = GroupShape(R=num_ranks)
+    none = math.comb(256 - shape.num_local, 8) / math.comb(256, 8)
+    to_a_rank = 4096 * 14_336 * (1 - none) / 1e6
+    assert (num_ranks - 1) * to_a_rank == pytest.approx(megabytes, abs=0.1)
+    moved = shapes.traffic("dispatch", shape, shape.ids(np.random.default_rng(0)))
+    assert moved.routed.shape == (num_ranks, num_ranks)
+    np.testing.assert_allclose(moved.routed / 1e6, to_a_rank, rtol=3e-2)
+    most = shapes.most_of_a_rank(moved.remote), shapes.most_of_a_rank(moved.routed)
+    np.testing.assert_allclose(most, [megabytes * 1e6, num_ranks * to_a_rank * 1e6], rtol=1e-2)
+
+
+def test_the_most_of_a_rank_is_what_it_sends_or_receives_in_all():
+    assert shapes.most_of_a_rank(np.array([[0, 4, 1], [2, 0, 0], [3, 3, 0]])) == 7  # to rank 1
+    assert shapes.most_of_a_rank(np.array([[0, 4, 4], [2, 0, 0], [3, 3, 0]])) == 8  # of rank 0
+    assert shapes.most_of_a_rank(np.zeros((1, 1), int)) == 0
 
 
 def test_bytes_of_one_rank_are_as_before():
@@ -114,11 +137,13 @@ def test_sweep_changes_one_letter_at_a_time():
     assert values["capacity"] == {"typical", "worst"}
 
 
-def test_every_short_point_of_the_sweep_drops_nothing():
+@pytest.mark.parametrize(("num_ranks", "longest"), [(2, 4096), (4, 1024), (8, 1024)])
+def test_every_short_point_of_the_sweep_drops_nothing(num_ranks, longest):
     """And its rows fit in the memory of a GPU: 12 GB are read and 12 GB written at the most."""
-    for point in shapes.group_sweep(2):
+    for point in shapes.group_sweep(num_ranks):
+        assert num_ranks == point.R
         assert 2 * point.num_rows * point.row_bytes < group.MOST_BUFFER_BYTES
-        if point.T <= 4096:
+        if longest >= point.T:
             ids = point.ids(np.random.default_rng(0))
             assert all(len(set(token)) == point.K for token in ids[:100].tolist())
             assert shapes.load(point, ids).aligned_rows.max() <= point.num_rows

@@ -11,6 +11,7 @@ import pytest
 from benchmarking import DEVICES, routing_by_hand, tiny_bench
 
 from benchmarks import limits, report, timing
+from benchmarks.shapes import GroupShape
 
 # Times.
 
@@ -115,9 +116,10 @@ def test_peer_copies_move_every_pairs_bytes():
     def times(calls, duration):
         assert duration is timing.busy_ns
         ((program, (sources,)),) = calls
-        for source, copied in zip(sources, program(sources), strict=True):
-            (start,), (end,) = source.devices(), copied.devices()
-            seen.append((start.id, end.id, copied.nbytes))
+        for given, copies in zip(sources, program(sources), strict=True):
+            for source, copied in zip(given.values(), copies, strict=True):
+                (start,), (end,) = source.devices(), copied.devices()
+                seen.append((start.id, end.id, copied.nbytes))
         return [[8.0 * limits.NUM_PEER_COPIES]]
 
     bench = dataclasses.replace(tiny_bench(), times=times)
@@ -131,12 +133,40 @@ def test_peer_copies_move_every_pairs_bytes():
     assert set(seen) == {(a, b, 16), (b, a, 80)}
 
 
+def test_peer_copies_of_four_ranks():
+    """To all three peers at once, or to each in a turn in which every rank sends and receives one
+    copy; the faster way counts."""
+    devices = {device: rank for rank, device in enumerate(DEVICES[:4])}
+    remote = 16 * np.arange(1, 17).reshape(4, 4) * (1 - np.eye(4, dtype=int))
+    pairs = {(a, b) for a in range(4) for b in range(4) if a != b}
+
+    def times(calls, duration):
+        for (program, (sources,)), size in zip(calls, (4, 12), strict=True):
+            together = program(sources)
+            assert len(together) == limits.NUM_PEER_COPIES * 12 / size
+            for i in range(0, len(together), 12 // size):
+                seen = [
+                    (*divmod(copied.nbytes // 16 - 1, 4), devices[copied.device])
+                    for copies in together[i : i + 12 // size]
+                    for copied in copies
+                ]
+                assert {(source, target) for source, target, _ in seen} == pairs
+                assert len(seen) == 12
+                assert all(target == there for _, target, there in seen)
+            if size == 4:
+                assert all(len({c.device for c in copies}) == 4 for copies in together)
+        return [[8.0 * limits.NUM_PEER_COPIES], [7.0 * limits.NUM_PEER_COPIES]]
+
+    bench = dataclasses.replace(tiny_bench(4), times=times)
+    assert limits.peer_us(bench, remote) == 7
+
+
 def test_limits_by_hand():
     """16 bytes at 1e-3 GB/s take 16 us. At 10 bytes a microsecond 240 bytes take 24, 128 12.8."""
     shape, ids = routing_by_hand()
     bench = dataclasses.replace(tiny_bench(), peer_gbps=1e-3)
     limit = limits.limits(bench, shape, ids, bytes_per_us=10)
-    known = {"local_bytes": 240, "remote_bytes": 16, "P_us": 16.0, "M_us": 24.0}
+    known = {"local_bytes": 240, "remote_bytes": 16, "routed_bytes": 48, "P_us": 16.0, "M_us": 24.0}
     assert limit["dispatch"] == limit["plan_and_dispatch"] == known
     assert limit["combine"] == limit["dispatch_backward"]
     assert limit["combine"] == {**known, "local_bytes": 128, "M_us": 16.0}
@@ -152,7 +182,26 @@ def test_without_p_there_is_no_m(capsys):
     shape, ids = routing_by_hand()
     bench = dataclasses.replace(tiny_bench(), times=times)
     limit = limits.limits(bench, shape, ids, bytes_per_us=10)
-    assert limit["dispatch"] == {"local_bytes": 240, "remote_bytes": 16}
+    assert limit["dispatch"] == {"local_bytes": 240, "remote_bytes": 16, "routed_bytes": 48}
     assert "P is left out: no profile" in capsys.readouterr().err
     row = report.make_row(shape, "dispatch", "", 5.0, limit["dispatch"])
     assert "ratio" not in row
+
+
+def test_limits_of_four_ranks_by_hand():
+    """Tokens of 16 bytes; expert e lives on rank e. All four are sent to rank 0, three of them by
+    others: 48 bytes cross, in 48 us at 1e-3 GB/s, and 64 with its own; in 12 us 4e-3 and 5.3e-3."""
+    ids = np.array([[0, 1], [0, 1], [0, 2], [3, 0]], np.int32)
+    shape = GroupShape(T=1, H=8, K=2, A=1, E=4, R=4, capacity="worst")
+    bench = dataclasses.replace(tiny_bench(4), peer_gbps=1e-3)
+    limit = limits.limits(bench, shape, ids, bytes_per_us=1e6)
+    for op in limits.LIMITED:
+        assert (limit[op]["remote_bytes"], limit[op]["routed_bytes"]) == (48, 64)
+        assert limit[op]["P_us"] == limit[op]["M_us"] == 48.0
+    row = report.make_row(shape, "dispatch", "", 12.0, limit["dispatch"])
+    assert row["remote_GBps"] == pytest.approx(4e-3)
+    assert row["routed_GBps"] == pytest.approx(64 / 12e3)
+    assert row["ratio"] == 0.25
+    described = limits.describe_limits(bench, 1e6, [{}, row])
+    assert described["P_GBps"] == pytest.approx(1e-3)
+    assert "P_GBps" not in limits.describe_limits(bench, 1e6, [])

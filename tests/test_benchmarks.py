@@ -3,10 +3,11 @@
 import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
 import typer
-from benchmarking import TINY, tiny_bench, tiny_inputs
+from benchmarking import DEVICES, TINY, tiny_bench, tiny_inputs
 from matplotlib import image
 
 from benchmarks import ep as benchmark
@@ -90,15 +91,18 @@ def test_what_is_measured_beside_the_ops():
     assert forms[GroupShape(T=128, A=1, capacity="worst")] == ["loop"]
     assert forms[GroupShape(H=2048)] == []
     assert [s.T for s, f in forms.items() if "stock" in f] == [4096, 16, 128, 1024, 8192, 16384]
+    assert benchmark.forms_of(GroupShape(R=8)) == ["stock"]
 
 
 def test_a_dry_run_writes_its_results(monkeypatch, tmp_path, capsys):
     """One point with everything; the clock is asked as often as there are rows, and once more."""
+    monkeypatch.setattr(jax, "devices", lambda: DEVICES)
     monkeypatch.setattr(benchmark, "quick_points", lambda ranks: [GroupShape(T=128, R=ranks)])
     benchmark.main(tmp_path, quick=True, wall=True, ranks=2, peer_gbps=100.0)
     result = json.loads((tmp_path / "ep.json").read_text())
     assert {"command", "date", "devices", "commit", "versions", "xla_flags"} <= set(result)
-    assert set(result["limits"]) == {"copy_TBps", "P", "M"}
+    assert set(result["limits"]) == {"copy_TBps", "P", "P_GBps", "M"}
+    assert result["limits"]["P_GBps"] == pytest.approx(100)
     assert list(result["seconds"]) == ["T=128"]
     assert "100.0 GB/s" in result["limits"]["P"]
     ops = ["plan", "dispatch", "combine", "dispatch_backward", "combine_backward", "round_trip"]
@@ -118,10 +122,49 @@ def test_a_dry_run_writes_its_results(monkeypatch, tmp_path, capsys):
     assert "T=128: " in out
 
 
+def test_a_dry_run_of_four_ranks(monkeypatch, tmp_path, capsys):
+    """Beside the result of two; P by copies between all of them."""
+    (tmp_path / "ep.json").write_text("that of two")
+    monkeypatch.setattr(jax, "devices", lambda: DEVICES)
+    monkeypatch.setattr(benchmark, "quick_points", lambda ranks: [GroupShape(R=ranks)])
+    benchmark.main(tmp_path, quick=True, wall=True, ranks=4)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ep-4.json", "ep.json"]
+    assert (tmp_path / "ep.json").read_text() == "that of two"
+    result = json.loads((tmp_path / "ep-4.json").read_text())
+    rows = {row["op"]: row for row in result["rows"] if row["form"] == ""}
+    assert {row["R"] for row in result["rows"]} == {4}
+    dispatch = rows["dispatch"]
+    rate = dispatch["remote_bytes"] / dispatch["P_us"] * 1e-3
+    assert result["limits"]["P_GBps"] == pytest.approx(rate)
+    for op in ("dispatch", "combine", "combine_backward", "round_trip"):
+        row = rows[op]
+        for which in ("remote", "routed"):
+            assert row[f"{which}_GBps"] == pytest.approx(row[f"{which}_bytes"] / row["us"] * 1e-3)
+        assert row["routed_GBps"] > row["remote_GBps"] > 0
+    assert "remote_GBps" not in rows["plan"]
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "│ dispatch  " in line]
+    for key in ("P_us", "M_us"):
+        assert f" {dispatch['us'] / dispatch[key]:.2f} " in line
+
+
+def test_names_of_results(monkeypatch):
+    """Those of two ranks have none in them, as long as there were no others."""
+    assert [report.result_name("ep", r) for r in (1, 2, 4, 8)] == ["ep-1", "ep", "ep-4", "ep-8"]
+    monkeypatch.setattr(jax, "process_count", lambda: 8)
+    assert report.result_name("ep", 2) == "ep-processes"
+    assert report.result_name("step", 8) == "step-8-processes"
+
+
+def test_processes_without_a_rank_are_refused(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 4)
+    with pytest.raises(typer.BadParameter, match="--ranks 2 leaves some of the 4 processes"):
+        benchmark.main(ranks=2, wall=True)
+
+
 def test_plot_is_not_blank(tmp_path):
-    """With and without limits and stock forms."""
-    shape = GroupShape()
-    for limit, forms in (({"P_us": 4.0, "M_us": 5.0}, ["", "stock"]), ({}, [""])):
+    """With and without limits and stock forms, of two ranks and of four."""
+    for R, limit, forms in ((2, {"P_us": 4.0, "M_us": 5.0}, ["", "stock"]), (4, {}, [""])):
+        shape = GroupShape(R=R)
         rows = [
             report.make_row(dataclasses.replace(shape, T=t), op, form, t * 0.5, limit)
             for t in (16, 128)
