@@ -90,11 +90,12 @@ Arena* Arena::Get(NcclComm* comm) {
 }
 
 // Of all ranks in this process: when one fails alike they all must, or those that go on would wait
-// in XLA's collectives for it.
+// for it in XLA's collectives, or where XLA lets all devices of the process begin at once. So this
+// rank's group comes first, then the others.
 ffi::Error Arena::CheckFailure() const {
-  if (failure_ == nullptr || generation_ != TheRegistry().generation) return ffi::Error::Success();
+  bool has_met = failure_ != nullptr && generation_ == TheRegistry().generation;
   std::string consequence;
-  for (int rank = 0; rank < num_ranks(); ++rank) {
+  for (int rank = 0; has_met && rank < num_ranks(); ++rank) {
     if (peers_.failures[rank] == nullptr) continue;
     Failure failure = *peers_.failures[rank];
     if (failure.kind == FailureKind::kNone) continue;
@@ -102,7 +103,9 @@ ffi::Error Arena::CheckFailure() const {
     if (failure.kind != FailureKind::kPeer) return Internal(std::move(text));
     consequence = std::move(text);
   }
-  return consequence.empty() ? ffi::Error::Success() : Internal(std::move(consequence));
+  if (!consequence.empty()) return Internal(std::move(consequence));
+  std::vector<std::string> others = Failures();
+  return others.empty() ? ffi::Error::Success() : Internal(std::move(others.front()));
 }
 
 ffi::Error Arena::Ensure(int64_t half_bytes, uint64_t timeout_ns) {

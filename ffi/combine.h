@@ -46,6 +46,7 @@ struct CombineArrays {
   const float* weights;  // or null
   void* out;             // [T, H]
   int64_t row_bytes;
+  bool has_few_sms;  // on all ranks: asked for, not found
 };
 
 struct CombineBackwardArrays {

@@ -192,7 +192,7 @@ cudaError_t LaunchGroupCombine(const GroupView& group,
     params.weights = arrays.weights;
     params.out = static_cast<T*>(arrays.out);
     params.hidden = arrays.row_bytes / static_cast<int64_t>(sizeof(T));
-    params.pieces = CombinePieces(plan.num_tokens, arrays.row_bytes);
+    params.pieces = CombinePieces(plan.num_tokens, arrays.row_bytes, arrays.has_few_sms);
     bool is_bulk = limits.has_bulk_copy && plan.top_k <= kMaxBulkTopK;
     int64_t ahead = std::min(params.pieces.size(), kPiecesAhead);
     params.order = {group.num_ranks, params.pieces.size(), ahead};

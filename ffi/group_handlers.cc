@@ -17,6 +17,9 @@ constexpr char kBackward[] = "jax_moe_ep_group_combine_backward";
 // may wait for before it comes to the call.
 constexpr int kFreeSms = 8;
 
+// Fewer than these make combine cut its work into fewer pieces.
+constexpr int kFewSms = 96;
+
 using Owners = ffi::Buffer<ffi::S32, 2>;
 
 // What every Execute needs: the plan, limits, and the view of its group.
@@ -184,7 +187,8 @@ ffi::Error CombineImpl(cudaStream_t stream,
                        y.untyped_data(),
                        attributes.has_weights ? weights.typed_data() : nullptr,
                        out->untyped_data(),
-                       RowBytes(y)};
+                       RowBytes(y),
+                       attributes.num_sms < kFewSms};
   return ToFfiError(
       kCombine, LaunchGroupCombine(call.view, call.layout, call.plan, call.limits, arrays, stream));
 }

@@ -52,7 +52,7 @@ struct Piece {
 };
 
 // How combine cuts the [T, row_bytes] of a rank: a piece is a part of the columns of a run of
-// neighbouring tokens. Short batches have many parts, long ones long runs.
+// neighbouring tokens. Short batches have many parts, long ones long runs. The same on all ranks.
 struct CombinePieces {
   int64_t num_tokens;
   int64_t row_bytes;
@@ -62,13 +62,15 @@ struct CombinePieces {
 
   static constexpr int64_t kPartBytes = 2048;
   static constexpr int64_t kEnough = 8192;  // pieces, for the machine to be full
+  static constexpr int64_t kEnoughForFew =
+      4096;  // and for a few SMs: a piece has a cost of its own
   static_assert(2 * kEnough <= kMaxPieces, "parts of fewer than kEnough tokens all have flags");
 
   CombinePieces() = default;
-  JAX_MOE_EP_HOST_DEVICE CombinePieces(int64_t num_tokens, int64_t row_bytes)
+  JAX_MOE_EP_HOST_DEVICE CombinePieces(int64_t num_tokens, int64_t row_bytes, bool has_few_sms)
       : num_tokens(num_tokens), row_bytes(row_bytes) {
-    int64_t most = CeilDiv(row_bytes, kPartBytes);
-    int64_t wanted = num_tokens == 0 ? 1 : CeilDiv(kEnough, num_tokens);
+    int64_t most = CeilDiv(row_bytes, kPartBytes), enough = has_few_sms ? kEnoughForFew : kEnough;
+    int64_t wanted = num_tokens == 0 ? 1 : CeilDiv(enough, num_tokens);
     part_bytes = CeilDiv(most, wanted < most ? wanted : most) * kPartBytes;
     num_parts = CeilDiv(row_bytes, part_bytes);
     run_tokens = CeilDiv(num_tokens * num_parts, kMaxPieces);

@@ -147,6 +147,7 @@ def stopped_beside_another_group():
     assert (out[: R // 2] == K * mine(group.x)[: R // 2]).all()
     assert np.isnan(out[R // 2 :]).all()
     print("check:", error_of(ep.check))
+    print("next execution:", error_of(lambda: step(group.x, group.plan)))
     assert_goes_on(group, step)
 
 

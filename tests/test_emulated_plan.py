@@ -69,7 +69,7 @@ def test_small_plan(library, name, maker):
     ids=lambda case: f"T{case.T}_R{case.R}",
 )
 def test_small_plan_of_a_group(library, tmp_path, case):
-    """The exchange and every rank's plan in one call, whoever is late; five calls pass both parities."""
+    """Exchange and plan in one call, whoever is late; five calls pass both parities."""
     ids = make_ids("uniform", case).reshape(case.R, case.T, case.K)
     sizes = [math.prod(shape) for shape in shapes_of(case)]
     job = {

@@ -126,7 +126,9 @@ def test_a_rank_that_is_too_late():
 def test_a_rank_that_stops_in_one_of_two_groups():
     """Only its own group fails: the second one, in which it is the first rank."""
     output = one_process("stopped_beside_another_group").split("check: ")[1]
+    output, execution = output.split("next execution: ")
     assert_others_name(output, ODD - R // 2, "dispatch", R // 2)
+    assert "gave up in dispatch" in execution  # on the devices of both, which begin together
     assert {int(gpu) for _, _, gpu, *_ in GAVE_UP.findall(output)} <= set(range(R // 2, R))
 
 

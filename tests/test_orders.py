@@ -64,6 +64,38 @@ def test_every_piece_is_pushed_to_each_peer_and_summed_once(order, num_ranks, nu
         assert all((offset, u) in before for offset in range(1, num_ranks))
 
 
+MAX_PIECES, TILE = 16 * 1024, 2048  # of ffi/layout.h and order.h
+
+
+def pieces(order, num_tokens, row_bytes, has_few_sms):
+    """First and end token, first and end byte of each."""
+    lines = order("pieces", num_tokens, row_bytes, int(has_few_sms))
+    return [(*tokens, *columns) for tokens, columns in zip(lines[::2], lines[1::2], strict=True)]
+
+
+@pytest.mark.parametrize("has_few_sms", [False, True])
+@pytest.mark.parametrize("row_bytes", [16, 2048, 2064, 14336, 28672, 200_000])
+@pytest.mark.parametrize("num_tokens", [1, 2, 128, 129, 1024, 1025, 4096, 13_000, 40_000])
+def test_pieces_are_all_columns_of_all_tokens_once(order, num_tokens, row_bytes, has_few_sms):
+    """Each has a flag, and parts of rows begin where tiles do."""
+    found = pieces(order, num_tokens, row_bytes, has_few_sms)
+    assert 1 <= len(found) <= MAX_PIECES
+    token, end, byte = 0, 0, row_bytes  # of the piece before
+    for first_token, end_token, first_byte, end_byte in found:
+        new_run = byte == row_bytes
+        assert first_token == (end if new_run else token)
+        assert first_byte == (0 if new_run else byte)
+        assert first_token < end_token <= num_tokens
+        assert first_byte < end_byte <= row_bytes
+        assert first_byte % TILE == 0
+        token, end, byte = first_token, end_token, end_byte
+    assert (end, byte) == (num_tokens, row_bytes)
+
+
+def test_few_sms_have_half_as_many_pieces(order):
+    assert [len(pieces(order, 4096, 14336, few)) for few in (False, True)] == [8192, 4096]
+
+
 class Rank:
     """Workers that claim items in order, each holding its next claims while it works, as the
     kernels' do. A push is done at once; a sum waits for all peers' pushes of its piece."""

@@ -2,6 +2,7 @@
 //
 //   orders pulls NUM_RANKS RANK NUM_TOKENS LEAD     source and token of every position
 //   orders combine NUM_RANKS NUM_PIECES AHEAD       offset and piece of every position
+//   orders pieces NUM_TOKENS ROW_BYTES HAS_FEW_SMS  tokens and bytes of every piece, from and to
 
 #include <cstdio>
 #include <cstdlib>
@@ -21,8 +22,8 @@ void Print(int64_t a, int64_t b) {
 
 int main(int, char** argv) {
   auto number = [&](int i) { return atoll(argv[i]); };
-  int num_ranks = static_cast<int>(number(2));
   if (std::string(argv[1]) == "pulls") {
+    int num_ranks = static_cast<int>(number(2));
     int rank = static_cast<int>(number(3)), source = 0;
     PullOrder order{number(4), number(5)};
     for (int64_t position = 0; position < order.size(num_ranks); ++position) {
@@ -30,8 +31,15 @@ int main(int, char** argv) {
       order.Find(rank, num_ranks, position, &source, &token);
       Print(source, token);
     }
+  } else if (std::string(argv[1]) == "pieces") {
+    CombinePieces pieces(number(2), number(3), number(4) != 0);
+    for (int64_t i = 0; i < pieces.size(); ++i) {
+      Piece piece = pieces.At(i);
+      Print(piece.first_token, piece.end_token);
+      Print(piece.first_byte, piece.end_byte);
+    }
   } else {
-    CombineOrder order{num_ranks, number(3), number(4)};
+    CombineOrder order{static_cast<int>(number(2)), number(3), number(4)};
     for (int64_t position = 0; position < order.size(); ++position) {
       CombineItem item = order.Find(position);
       Print(item.offset, item.piece);

@@ -171,7 +171,7 @@ int run(const Job* job) {
   }
   const float* weights = job->has_weights ? job->weights : nullptr;
   if (op == Op::kCombine) {
-    CombineArrays arrays{type, job->owners, job->x, weights, job->out, job->row_bytes};
+    CombineArrays arrays{type, job->owners, job->x, weights, job->out, job->row_bytes, false};
     return LaunchGroupCombine(view, layout, plan, limits, arrays, nullptr);
   }
   CombineBackwardArrays arrays{
