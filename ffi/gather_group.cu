@@ -13,7 +13,7 @@ constexpr int kMaxBlocks = 32;
 template <typename Unit>
 __device__ void GatherByClaims(const GatherParams<Unit>& p, uint64_t epoch) {
   Stage(p.group, epoch, nullptr, p.num_chunks(), [&](int64_t chunk) {
-    Push(p, epoch, chunk, OwnOut(p, chunk));
+    Push(p, epoch, Chunk<Unit>::Loaded(p, chunk), OwnOut(p, chunk));
   });
   int64_t count = 0;
   for (int64_t item; (item = ClaimByWarp(p.group, &p.group.launch->claims)) < p.num_items();) {
@@ -30,8 +30,10 @@ __device__ void GatherByClaims(const GatherParams<Unit>& p, uint64_t epoch) {
 
 // The same by one block alone. True for one thread, which must still tell the peers.
 template <typename Unit>
-__device__ bool GatherByBlock(const GatherParams<Unit>& p, uint64_t epoch) {
-  PushByBlock(p, epoch, [&](int64_t chunk) { return OwnOut(p, chunk); });
+__device__ bool GatherByBlock(const GatherParams<Unit>& p,
+                              uint64_t epoch,
+                              const Chunk<Unit>& first) {
+  PushByBlock(p, epoch, first, [&](int64_t chunk) { return OwnOut(p, chunk); });
   bool is_done = true;
   for (int64_t item = threadIdx.x / kWarpSize; is_done && item < p.num_items(); item += kWarps) {
     is_done = Copy(p, epoch, item);
@@ -50,11 +52,12 @@ template <typename Unit, bool kIsAlone>
 __global__ void __launch_bounds__(kThreads)
     GroupGatherKernel(const __grid_constant__ GatherParams<Unit> p) {
   __shared__ uint64_t epoch;
+  Chunk<Unit> first = FirstChunk(p);
   if (threadIdx.x == 0) epoch = Begin(p.group, true, nullptr);
   __syncthreads();
   if (epoch != kAborted) {
     if constexpr (kIsAlone) {
-      if (GatherByBlock(p, epoch)) {
+      if (GatherByBlock(p, epoch, first)) {
         TellConsumed(p.group, epoch);
         Finish(p.group, epoch, false);
       }

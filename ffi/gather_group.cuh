@@ -43,14 +43,22 @@ struct Chunk : WarpChunk<Unit> {
   __device__ Chunk(const GatherParams<Unit>& p, int64_t number)
       : WarpChunk<Unit>(number % p.chunks_per_array, p.num_units),
         array(static_cast<int>(number / p.chunks_per_array)) {}
+
+  // Of this rank's numbers, if there is one with this number.
+  __device__ static Chunk Loaded(const GatherParams<Unit>& p, int64_t number) {
+    Chunk chunk(p, number);
+    if (number < p.num_chunks()) chunk.Load(p.x[chunk.array]);
+    return chunk;
+  }
 };
 
 // A warp writes a chunk of this rank's numbers into its part of every peer's memory, and into
 // `own`.
 template <typename Unit>
-__device__ void Push(const GatherParams<Unit>& p, uint64_t epoch, int64_t chunk, Unit* own) {
-  Chunk<Unit> piece(p, chunk);
-  piece.Load(p.x[piece.array]);
+__device__ void Push(const GatherParams<Unit>& p,
+                     uint64_t epoch,
+                     const Chunk<Unit>& piece,
+                     Unit* own) {
   for (int offset = 1; offset < p.group.num_ranks; ++offset) {
     int peer = Peer(p.group, offset);
     piece.Store(PartOf(p, peer, p.group.rank, piece.array, epoch));
@@ -75,13 +83,24 @@ __device__ bool Copy(const GatherParams<Unit>& p, uint64_t epoch, int64_t item) 
   return true;
 }
 
+// The first that a warp of a block alone pushes: loaded before the call begins.
+template <typename Unit>
+__device__ Chunk<Unit> FirstChunk(const GatherParams<Unit>& p) {
+  return Chunk<Unit>::Loaded(p, threadIdx.x / kWarpSize);
+}
+
 // A block alone: its warps all run, so they share the work by number and claim nothing. own(chunk):
 // where a chunk goes beside. Then the peers are told.
 template <typename Unit, typename Own>
-__device__ void PushByBlock(const GatherParams<Unit>& p, uint64_t epoch, Own own) {
+__device__ void PushByBlock(const GatherParams<Unit>& p,
+                            uint64_t epoch,
+                            Chunk<Unit> piece,
+                            Own own) {
   int warp = threadIdx.x / kWarpSize, num_warps = blockDim.x / kWarpSize;
-  for (int64_t chunk = warp; chunk < p.num_chunks(); chunk += num_warps) {
-    Push(p, epoch, chunk, own(chunk));
+  for (int64_t chunk = warp; chunk < p.num_chunks();) {
+    Push(p, epoch, piece, own(chunk));
+    chunk += num_warps;
+    piece = Chunk<Unit>::Loaded(p, chunk);
   }
   __syncthreads();
   if (threadIdx.x == 0) Publish(p.group, epoch, nullptr);

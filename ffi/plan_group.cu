@@ -14,9 +14,12 @@ struct GroupPlanParams {
 // Every rank's ids in its part of this rank's memory: pushes this rank's, and waits for the others.
 // Null when a rank gave up; the same in all threads.
 template <typename Unit>
-__device__ const int32_t* MeetByBlock(const GatherParams<Unit>& p, uint64_t epoch) {
+__device__ const int32_t* MeetByBlock(const GatherParams<Unit>& p,
+                                      uint64_t epoch,
+                                      const Chunk<Unit>& first) {
   const GroupView& group = p.group;
-  PushByBlock(p, epoch, [&](int64_t) { return PartOf(p, group.rank, group.rank, 0, epoch); });
+  PushByBlock(
+      p, epoch, first, [&](int64_t) { return PartOf(p, group.rank, group.rank, 0, epoch); });
   int warp = threadIdx.x / kWarpSize;
   bool is_there = warp >= group.num_ranks || WarpReady{}.Wait(group, epoch, warp);
   if (!__syncthreads_and(is_there)) return nullptr;
@@ -36,10 +39,11 @@ __global__ void __launch_bounds__(kSmallThreads)
   __shared__ SmallPlanMemory memory;
   __shared__ uint64_t epoch;
   const GroupView& group = p.gather.group;
+  Chunk<Unit> first = FirstChunk(p.gather);
   memory.ZeroCounters(p.plan);
   if (threadIdx.x == 0) epoch = Begin(group, true, nullptr);
   __syncthreads();
-  const int32_t* ids = epoch == kAborted ? nullptr : MeetByBlock(p.gather, epoch);
+  const int32_t* ids = epoch == kAborted ? nullptr : MeetByBlock(p.gather, epoch, first);
   PlanParams plan = p.plan;
   if (ids == nullptr) {
     PoisonGathered(p.gather);

@@ -120,9 +120,14 @@ __device__ inline uint64_t BeginFirst(const GroupView& group) {
 __device__ inline uint64_t Begin(const GroupView& group, bool must_stage, const void* address) {
   LaunchState* launch = group.launch;
   uint64_t epoch;
-  if (AddRelaxedDevice(&launch->arrivals, 1) == 0) {
+  bool is_alone = gridDim.x == 1;
+  if (is_alone || AddRelaxedDevice(&launch->arrivals, 1) == 0) {
     epoch = BeginFirst(group);
-    StoreReleaseDevice(&launch->epoch, epoch);
+    if (is_alone) {
+      launch->epoch = epoch;
+    } else {
+      StoreReleaseDevice(&launch->epoch, epoch);
+    }
     if (epoch != kAborted && !must_stage) Publish(group, epoch, address);
     return epoch;
   }
@@ -303,8 +308,11 @@ __device__ void End(const GroupView& group, Poison poison) {
   __shared__ bool is_last, is_poisoned;
   __syncthreads();
   if (threadIdx.x == 0) {
-    is_last = AddAcqRelDevice(&launch->exits, 1) == gridDim.x - 1;
-    is_poisoned = is_last && (NoteAbort(group) || launch->epoch == kAborted);
+    is_last = gridDim.x == 1 || AddAcqRelDevice(&launch->exits, 1) == gridDim.x - 1;
+    uint64_t epoch = launch->epoch;  // under way beside the other load
+    bool has_aborted = HasAborted(group);
+    is_poisoned = is_last && (has_aborted || epoch == kAborted);
+    if (is_last && has_aborted) NoteAbort(group);
     if (is_last) *launch = LaunchState{};  // for the next launch
   }
   __syncthreads();

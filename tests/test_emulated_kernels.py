@@ -204,7 +204,7 @@ MISMATCH, OF_PEER, READY = 2, 3, 3
 
 
 @pytest.mark.parametrize("num_ranks", [4, 8])
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", [op for op in OPS if op != "plan"])
 def test_a_rank_in_another_call_is_named_by_all(library, tmp_path, op, num_ranks):
     """Rank 2 has other options, and every rank needs every other one. Who finds it names it, and it
     names anybody; who stops because of an error names a rank that found it, or that stopped and

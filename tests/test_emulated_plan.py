@@ -6,7 +6,7 @@ import math
 import numpy as np
 import oracle
 import pytest
-from emulation import OPS, Way, repeat, ruined
+from emulation import OPS, Way, repeat, ruined, run_to_the_end
 from helpers import CASES, MAKERS, Case, assert_bitwise_equal, make_ids, one_process
 from native_build import needs_compiler
 
@@ -70,7 +70,17 @@ def test_small_plan(library, name, maker):
 )
 def test_small_plan_of_a_group(library, tmp_path, case):
     """Exchange and plan in one call, whoever is late; five calls pass both parities."""
-    ids = make_ids("uniform", case).reshape(case.R, case.T, case.K)
+    job, arrays, sizes = job_of_plan(case)
+    for call in repeat(library, tmp_path, job, Way(repeats=5, late=case.R - 1), **arrays):
+        expected = oracle.plan(case, call["x"])
+        for rank in range(case.R):
+            parts = np.split(call["results"][rank], np.cumsum(sizes)[:-1])
+            for leaf, part, shape in zip(oracle.LEAVES, parts, shapes_of(case), strict=True):
+                assert_bitwise_equal(part.reshape(shape), expected[leaf][rank], leaf)
+
+
+def job_of_plan(case):
+    """With its arrays, and the sizes of the plan's."""
     sizes = [math.prod(shape) for shape in shapes_of(case)]
     job = {
         **dict.fromkeys(("type", "num_groups", "alignment", "capacity", "zero_tail"), 0),
@@ -83,17 +93,25 @@ def test_small_plan_of_a_group(library, tmp_path, case):
         "row_bytes": 4 * case.K,
     }
     arrays = {
-        "x": ids,
+        "x": make_ids("uniform", case).reshape(case.R, case.T, case.K),
         "out": ruined(case.R, case.R * case.T, case.K, dtype=np.int32),
         "numbers": np.stack([numbers_of(case)] * case.R),
         "results": ruined(case.R, sum(sizes), dtype=np.int32),
     }
-    for call in repeat(library, tmp_path, job, Way(repeats=5, late=case.R - 1), **arrays):
-        expected = oracle.plan(case, call["x"])
-        for rank in range(case.R):
-            parts = np.split(call["results"][rank], np.cumsum(sizes)[:-1])
-            for leaf, part, shape in zip(oracle.LEAVES, parts, shapes_of(case), strict=True):
-                assert_bitwise_equal(part.reshape(shape), expected[leaf][rank], leaf)
+    return job, arrays, sizes
+
+
+def test_nobody_has_rows_when_a_rank_is_in_another_call(library, tmp_path):
+    case = Case(T=16, K=2, E=8, R=4, A=4)
+    job, arrays, sizes = job_of_plan(case)
+    after, failures = run_to_the_end(library, tmp_path, job, Way(odd=2), **arrays)
+    assert (failures[:, 0] != 0).all()
+    expected = oracle.plan(case, np.full_like(arrays["x"], -1))
+    assert (expected["slots"] == -1).all()
+    for rank in range(case.R):
+        parts = np.split(after["results"][rank].reshape(-1), np.cumsum(sizes)[:-1])
+        for leaf, part, shape in zip(oracle.LEAVES, parts, shapes_of(case), strict=True):
+            assert_bitwise_equal(part.reshape(shape), expected[leaf][rank], leaf)
 
 
 @pytest.mark.parametrize(
