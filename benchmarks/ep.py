@@ -50,6 +50,7 @@ from benchmarks.timing import RESULTS, save
 TOLERANCE = 2.0**-6  # of stock sums in bf16, relative to the largest
 ROW_OPS = ("dispatch", "combine_backward", "round_trip")  # those that write rows, and so a tail
 ONE_SHOT = "xla_gpu_unsupported_use_ragged_all_to_all_one_shot_kernel"
+ALLOW_NCCL = "xla_gpu_allow_ragged_all_to_all_nccl_send_recv_fallback"
 
 
 def measure(bench: Bench, shape: GroupShape, bytes_per_us: float, forms: Any = ()) -> list[Row]:
@@ -131,7 +132,7 @@ def measure_ragged(
             for name, form in forms.items():
                 faulthandler.dump_traceback_later(timeout_s, exit=True)
                 named = {op: {f"{name}, {suffix}": form}}
-                xla = {ONE_SHOT: is_one_shot}
+                xla: XlaOptions = {ONE_SHOT: is_one_shot, ALLOW_NCCL: not is_one_shot}
                 us = bench.us(stock_programs(bench, named, inputs, len(inputs), xla))
                 faulthandler.cancel_dump_traceback_later()
                 yield [make_row(shape, *key, us[key], {}) for key in us]

@@ -78,8 +78,8 @@ def moe_mlp(
         priority = weights if config.drop_policy == "priority" else None
         plan = ops.plan(idx, config, priority=priority)
         rows = ops.dispatch(x.reshape(-1, x.shape[-1]), plan)
-        gate, up = jnp.split(_grouped_matmul(rows, w_gate_up, plan.group_sizes), 2, axis=-1)
-        y = _grouped_matmul(_GATES[activation](gate) * up, w_down, plan.group_sizes)
+        gate, up = jnp.split(grouped_matmul(rows, w_gate_up, plan.group_sizes), 2, axis=-1)
+        y = grouped_matmul(_GATES[activation](gate) * up, w_down, plan.group_sizes)
         out = ops.combine(y, plan, weights)
         return out.reshape(x.shape), ops.stats(plan, axis_name=axes)
 
@@ -94,15 +94,16 @@ def moe_mlp(
 
 
 @jax.custom_vjp
-def _grouped_matmul(
+def grouped_matmul(
     rows: Float[Array, "C M"], weights: Float[Array, "L M N"], group_sizes: Int32[Array, "L"]
 ) -> Float[Array, "C N"]:
+    """The rows of each group times its weights; rows behind the groups are undefined."""
     cuda, default = _ragged_dots()
     return lax.platform_dependent(rows, weights, group_sizes, cuda=cuda, default=default)
 
 
 def _grouped_matmul_forward(rows: Array, weights: Array, group_sizes: Array) -> tuple[Array, Any]:
-    return _grouped_matmul(rows, weights, group_sizes), (rows, weights, group_sizes)
+    return grouped_matmul(rows, weights, group_sizes), (rows, weights, group_sizes)
 
 
 def _grouped_matmul_backward(residuals: Any, dout: Array) -> tuple[Array, Array, None]:
@@ -124,7 +125,7 @@ def _grouped_matmul_backward(residuals: Any, dout: Array) -> tuple[Array, Array,
     return drows, dweights, None
 
 
-_grouped_matmul.defvjp(_grouped_matmul_forward, _grouped_matmul_backward)
+grouped_matmul.defvjp(_grouped_matmul_forward, _grouped_matmul_backward)
 
 
 def _ragged_dots() -> tuple[Callable[..., Array], Callable[..., Array]]:

@@ -157,6 +157,7 @@ def test_names_of_results(monkeypatch):
 
 def test_processes_without_a_rank_are_refused(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 4)
+    monkeypatch.setattr(jax, "device_count", lambda: 4)
     with pytest.raises(typer.BadParameter, match="--ranks 2 leaves some of the 4 processes"):
         benchmark.main(ranks=2, wall=True)
 

@@ -53,7 +53,8 @@ def start(logs: Path, *arguments: object) -> subprocess.Popen[str]:
         text=True,
         cwd=TESTS.parent,
         env=os.environ
-        | {"JAX_PLATFORMS": "cpu", "JAX_MOE_EP_REQUIRE_GPUS": "0", "PYTEST_ADDOPTS": ""},
+        | {"JAX_PLATFORMS": "cpu", "JAX_MOE_EP_REQUIRE_GPUS": "0", "PYTEST_ADDOPTS": ""}
+        | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},  # of whoever else has plugins installed
     )
 
 
