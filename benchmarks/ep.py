@@ -67,6 +67,7 @@ def measure(bench: Bench, shape: GroupShape, bytes_per_us: float, forms: Any = (
         for op in ("plan_and_dispatch", "combine"):
             programs[op, LOOP] = bench.in_loop(steps[op], inputs[0])
     if "stock" in forms:
+        check_gradients(bench, inputs[0])
         programs |= stock_programs(bench, stock.FORMS, inputs, num_calls)
     us = bench.us(programs)
     if bench.implementation == "cuda":
@@ -118,6 +119,29 @@ def check_stock(
     for (op, name), difference in zip(steps, each, strict=True):
         worst = largest(difference)
         assert worst <= (0 if op == "dispatch" else TOLERANCE), f"{name} is off by {worst}"
+
+
+def check_gradients(bench: Bench, inputs: Inputs) -> None:
+    """That our backward passes give what stock JAX's do, but for roundings."""
+    ours = ops(inputs.plan.config)
+
+    def differences(i: Inputs) -> dict[str, jax.Array]:
+        dispatch, combine = stock.with_gradients(stock.gathered, stock.scattered)
+
+        def of_dispatch(i: Inputs) -> Any:
+            return jax.vjp(lambda x: dispatch(x, i.stock), i.x)[1](i.y)[0]
+
+        def of_combine(i: Inputs) -> Any:
+            return jax.vjp(lambda y, w: combine(y, w, i.stock), i.y, i.weights)[1](i.x)
+
+        steps = ours["dispatch_backward"], ours["combine_backward"], of_dispatch, of_combine
+        dx, (dy, dw), stock_dx, (stock_dy, stock_dw) = one_by_one([(each, i) for each in steps])
+        pairs = {"dx": (dx, stock_dx), "dy": (dy, stock_dy), "dweights": (dw, stock_dw)}
+        return {name: stock.largest_difference(*pair) for name, pair in pairs.items()}
+
+    for name, difference in bench.on_ranks(differences)(inputs).items():
+        worst = largest(difference)
+        assert worst <= TOLERANCE, f"{name} is off by {worst}"
 
 
 def measure_ragged(

@@ -100,3 +100,14 @@ def test_both_kinds_of_ragged_are_measured_one_by_one(monkeypatch):
     expected = [(op, f"{name}, {kind}") for kind in ("NCCL", "one-shot") for op, name in names]
     assert [(row["op"], row["form"]) for (row,) in found] == expected
     assert settings == [False] * 2 * len(names) + [True] * 2 * len(names)
+
+
+@pytest.mark.parametrize(("form", "wrong"), [("gathered", "dweights"), ("scattered", "dx")])
+def test_wrong_gradients_end_the_run(monkeypatch, form, wrong):
+    """Those of ours and stock JAX's agree, or nothing is measured."""
+    (inputs, *_), _, _ = tiny_inputs()
+    benchmark.check_gradients(tiny_bench(), inputs)
+    right = getattr(stock, form)
+    monkeypatch.setattr(stock, form, lambda *args: 1.5 * right(*args))
+    with pytest.raises(AssertionError, match=f"{wrong} is off by"):
+        benchmark.check_gradients(tiny_bench(), inputs)

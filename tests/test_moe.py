@@ -216,10 +216,13 @@ def assert_like_dense_in_bf16(case, F, implementation="auto"):
         np.testing.assert_allclose(a.astype(np.float32), e, rtol=0, atol=limit)
 
 
-@pytest.mark.parametrize(("T", "A", "F"), [(8, 16, 6), (9, 1, 100), (32, 64, 64)])
-def test_bf16_tokens_and_experts(T, A, F):
-    """C is 32, 36 or 128: rows and experts are whole tiles of tokamax's or not."""
-    H = 64 if F == 64 else 8
+@pytest.mark.parametrize(
+    ("T", "A", "H", "F"),
+    [(8, 16, 8, 6), (9, 1, 8, 100), (32, 64, 64, 64), (2048, 128, 128, 192)],
+)
+def test_bf16_tokens_and_experts(T, A, H, F):
+    """C is 32, 36 or 128: rows and experts are whole tiles of tokamax's or not. With T = 2048 a
+    group is several tiles long."""
     assert_like_dense_in_bf16(dataclasses.replace(CASE, T=T, A=A, H=H), F)
 
 
