@@ -90,12 +90,11 @@ Arena* Arena::Get(NcclComm* comm) {
 }
 
 // Of all ranks in this process: when one fails alike they all must, or those that go on would wait
-// for it in XLA's collectives, or where XLA lets all devices of the process begin at once. So this
-// rank's group comes first, then the others.
+// for it in XLA's collectives.
 ffi::Error Arena::CheckFailure() const {
-  bool has_met = failure_ != nullptr && generation_ == TheRegistry().generation;
+  if (failure_ == nullptr || generation_ != TheRegistry().generation) return ffi::Error::Success();
   std::string consequence;
-  for (int rank = 0; has_met && rank < num_ranks(); ++rank) {
+  for (int rank = 0; rank < num_ranks(); ++rank) {
     if (peers_.failures[rank] == nullptr) continue;
     Failure failure = *peers_.failures[rank];
     if (failure.kind == FailureKind::kNone) continue;
@@ -103,9 +102,12 @@ ffi::Error Arena::CheckFailure() const {
     if (failure.kind != FailureKind::kPeer) return Internal(std::move(text));
     consequence = std::move(text);
   }
-  if (!consequence.empty()) return Internal(std::move(consequence));
-  std::vector<std::string> others = Failures();
-  return others.empty() ? ffi::Error::Success() : Internal(std::move(others.front()));
+  return consequence.empty() ? ffi::Error::Success() : Internal(std::move(consequence));
+}
+
+ffi::Error Arena::CheckOthers() {
+  std::vector<std::string> texts = Failures();
+  return texts.empty() ? ffi::Error::Success() : Internal(std::move(texts.front()));
 }
 
 ffi::Error Arena::Ensure(int64_t half_bytes, uint64_t timeout_ns) {
@@ -115,7 +117,10 @@ ffi::Error Arena::Ensure(int64_t half_bytes, uint64_t timeout_ns) {
   } else if (generation_ != generation) {
     JAX_MOE_EP_RETURN_IF_ERROR(Restart(timeout_ns));
   }
-  generation_ = generation;
+  if (generation_ != generation) {
+    std::lock_guard<std::mutex> lock(TheRegistry().mutex);
+    generation_ = generation;
+  }
   if (half_bytes == 0 || regions_.count(half_bytes)) return ffi::Error::Success();
   SharedMemory region;
   JAX_MOE_EP_RETURN_IF_ERROR(Share(RegionBytes(half_bytes), timeout_ns, &region));
@@ -135,6 +140,7 @@ ffi::Error Arena::Meet(uint64_t timeout_ns) {
     JAX_MOE_EP_RETURN_IF_CUDA_ERROR(
         cudaHostAlloc(&failure, sizeof(Failure), cudaHostAllocMapped | cudaHostAllocPortable));
     *failure = Failure{};
+    std::lock_guard<std::mutex> lock(TheRegistry().mutex);
     failure_ = failure;
   }
   SharedMemory control;

@@ -30,6 +30,11 @@ class Arena {
   // An error if a call of this group has failed since the last reset, on any rank in this process.
   ffi::Error CheckFailure() const;
 
+  // The same of any group of this process: XLA lets all of its devices begin an execution together,
+  // those of another group would wait for the failed ones. Not before a meeting, to which the peers
+  // in other processes come.
+  static ffi::Error CheckOthers();
+
   // Meets the peers unless all is there: the first time, after a reset, and once for each size
   // class of regions. Blocks the host until all ranks have come.
   ffi::Error Ensure(int64_t half_bytes, uint64_t timeout_ns);

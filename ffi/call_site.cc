@@ -118,7 +118,8 @@ ffi::Error InitializeGroup(CommunicatorContext& context,
   // Once the ranks have met, it is known whether they are one process and need to stage.
   JAX_MOE_EP_RETURN_IF_ERROR((*arena)->Ensure(0, attributes.timeout_ns));
   int64_t bytes = attributes.Layout((*arena)->is_one_process()).total;
-  return (*arena)->Ensure(HalfBytes(bytes), attributes.timeout_ns);
+  JAX_MOE_EP_RETURN_IF_ERROR((*arena)->Ensure(HalfBytes(bytes), attributes.timeout_ns));
+  return Arena::CheckOthers();
 }
 
 ffi::ErrorOr<GroupView> MakeView(const Arena& arena,

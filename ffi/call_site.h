@@ -72,7 +72,8 @@ class CallSite {
 // Prepare: asks XLA for the communicators of all groups.
 ffi::Error RequestGroup(CommunicatorContext& context, const GroupAttributes& attributes);
 
-// Initialize: the sticky error of the group; memory, kernels and counters where they are missing.
+// Initialize: the sticky error of the group; memory, kernels and counters where they are missing;
+// the sticky error of any other group.
 ffi::Error InitializeGroup(CommunicatorContext& context,
                            CallSite* site,
                            const GroupAttributes& attributes);

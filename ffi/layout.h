@@ -67,8 +67,8 @@ struct Control {
 
 // Counters of the launches of one call site on one device: never two at a time. Zero in between.
 struct LaunchState {
-  uint32_t arrivals;  // blocks that have begun
-  uint32_t exits;     // blocks that have ended
+  uint32_t arrivals;  // blocks that have begun, where there are several
+  uint32_t exits;     // blocks that have ended, likewise
   uint64_t epoch;     // of the call, once the first block has it; or one of the two below
   uint64_t staging;   // chunks to stage claimed
   uint64_t staged;    // and done

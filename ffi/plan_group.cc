@@ -66,6 +66,13 @@ ffi::Error PlanImpl(cudaStream_t stream,
   JAX_MOE_EP_RETURN_IF_ERROR(CheckDims(kOp, "priority", priority, {num_priority, top_k}));
   JAX_MOE_EP_RETURN_IF_ERROR(
       CheckDims(kOp, "all_ids", *all_ids, {attributes.num_ranks * num_tokens, top_k}));
+  int64_t row_bytes =
+      top_k * static_cast<int64_t>(sizeof(int32_t)) * (attributes.by_priority ? 2 : 1);
+  if (attributes.row_bytes != row_bytes) {
+    return ffi::Error::InvalidArgument(std::string(kOp) +
+                                       ": expected row_bytes=" + std::to_string(row_bytes) +
+                                       ", got " + std::to_string(attributes.row_bytes));
+  }
   auto arena = GetArena(context, attributes);
   if (!arena.has_value()) return arena.error();
   auto view = MakeView(**arena, site, attributes, attributes.row_bytes);

@@ -28,9 +28,9 @@ __device__ const int32_t* MeetByBlock(const GatherParams<Unit>& p,
 
 // The exchange of ids and this rank's plan, by one block. Inputs: ids of this rank; writes all
 // arrays of the plan. Launch: one block of kSmallThreads. The steps are those of protocol.cuh; the
-// ids stay in the parts of this rank's region, and the peers are told that they are consumed at the
-// end. When a rank gave up the plan is that of no ids, which all_ids holds then. The same bits on
-// every run.
+// ids stay in the parts of this rank's region, and the peers are told once all are in registers.
+// When a rank gave up the plan is that of no ids, which all_ids holds then. The same bits on every
+// run.
 //
 // The examples are those of gather_group.cu and plan.cu, one after the other.
 template <typename Unit>

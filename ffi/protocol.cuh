@@ -7,7 +7,8 @@
 //   items      blocks claim them from a counter; one that needs a peer's data waits for it
 //   Finish     whoever does the last item tells the peers that this rank reads nothing of e any
 //              more, and lets the next call begin
-//   End        every block; the last one to leave poisons the results if a rank gave up
+//   End        every block; the last one to leave poisons the results if a rank gave up, where the
+//              kernel has not done so itself
 //
 // No block owns work that others wait for: whatever runs claims all of it, so a kernel moves on
 // with a single block resident. docs/design.md numbers the happens-before edges; the numbers stand

@@ -127,6 +127,7 @@ void Resets() {
   auto check = [](Arena* arena) { return arena->CheckFailure(); };
   Print("failed", group.Run(group.everyone(), check));
   Print("other", other.Run(other.everyone(), check));
+  Print("others", other.Run(other.everyone(), [](Arena*) { return Arena::CheckOthers(); }));
   printf("failures: %zu\n", Arena::Failures().size());
   Arena::Reset();
   printf("after reset: %zu\n", Arena::Failures().size());
