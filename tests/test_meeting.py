@@ -96,6 +96,18 @@ def test_a_failure_is_told_to_all_ranks_until_a_reset(program):
     assert all("gave up in" in text for text in texts(output, "failed again"))
 
 
+def test_causes_are_told_before_consequences(program):
+    """And failures of the own group before others'; none of before a reset."""
+    output = program("tells")
+    assert texts(output, "meet") == ["fine"] * 9
+    for group in ("first", "third"):
+        assert all("rank 1 of 2 (GPU 1) gave up in" in text for text in texts(output, group))
+    assert all("rank 2 of 3 (GPU 2) stopped in" in text for text in texts(output, "second"))
+    assert [len(texts(output, group)) for group in ("first", "second", "third")] == [2, 3, 4]
+    assert "failures: 3\n" in output
+    assert texts(output, "reset") == ["fine"] * 2
+
+
 def test_memory_that_peers_do_not_map_is_an_error(program):
     """Of all ranks alike; the device that is current stays so."""
     output = program("reads_in_place", 3)

@@ -141,6 +141,31 @@ void Resets() {
   Print("failed again", group.Run(group.everyone(), check));
 }
 
+// Three groups: a rank that gave up and one that stopped because of it; one that only stopped; no
+// failure.
+void Tells() {
+  Group first(2), second(3), third(4);
+  auto fail = [](const Group& group, int rank, FailureKind kind) {
+    Failure* failure = group.View(rank).failure;
+    failure->rank = rank;
+    failure->kind = kind;
+  };
+  auto check = [](const char* what, const Group& group) {
+    auto act = [](Arena* arena) { return arena->CheckFailure(); };
+    Print(what, group.Run(group.everyone(), act));
+  };
+  for (const Group* group : {&first, &second, &third}) Print("meet", group->Meet());
+  fail(first, 0, FailureKind::kPeer);
+  fail(first, 1, FailureKind::kTimeout);
+  fail(second, 2, FailureKind::kPeer);
+  check("first", first);
+  check("second", second);
+  check("third", third);
+  printf("failures: %zu\n", Arena::Failures().size());
+  Arena::Reset();
+  check("reset", first);
+}
+
 // Of every rank: an allocation, the middle of it, and memory that no peer maps.
 void ReadsInPlace(int num_ranks) {
   Group group(num_ranks);
@@ -178,6 +203,7 @@ void Run(const std::string& name, int num_ranks) {
   }
   if (name == "one_stays_away") return OneStaysAway();
   if (name == "resets") return Resets();
+  if (name == "tells") return Tells();
   if (name == "reads_in_place") return ReadsInPlace(num_ranks);
   printf("no scenario %s\n", name.c_str());
 }
