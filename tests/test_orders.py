@@ -96,6 +96,12 @@ def test_few_sms_have_half_as_many_pieces(order):
     assert [len(pieces(order, 4096, 14336, few)) for few in (False, True)] == [8192, 4096]
 
 
+def test_rows_of_short_batches_are_cut_into_smaller_parts(order):
+    """2 KB up to 512 tokens, 4 KB beyond."""
+    assert len(pieces(order, 512, 14336, False)) == 512 * 7
+    assert len(pieces(order, 513, 14336, False)) == 513 * 4
+
+
 class Rank:
     """Workers that claim items in order, each holding its next claims while it works, as the
     kernels' do. A push is done at once; a sum waits for all peers' pushes of its piece."""
