@@ -91,6 +91,8 @@ class Way:
     late_s: float = 0.05
     num_sms: int = 1  # beyond one the blocks claim; a single one of them runs here, and does all
     odd: int | None = None  # the rank whose calls have other options than the others'
+    timeout_s: float = 20
+    faults: tuple = ()  # (rank, (delay in ns, whether it skips, 1 + a rank that gave up or 0))
 
 
 CHANGING = {"x", "dout", "weights"}
@@ -148,13 +150,14 @@ def run_to_the_end(library, folder, job, way, **arrays):
     """The arrays after the calls of a job; and [R, 4] kind, phase, rank and peer of failures."""
     job = job | {
         "num_sms": way.num_sms,
-        "timeout_ns": 20_000_000_000,
+        "timeout_ns": int(way.timeout_s * 1e9),
         "options": 7,
         "repeats": way.repeats,
         "late": way.late,
         "late_s": way.late_s,
         "odd": way.odd,
         "odd_options": 8,
+        "faults": way.faults,
     }
     for name in CHANGING & arrays.keys():
         arrays[name] = np.stack(

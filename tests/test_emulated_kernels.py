@@ -19,6 +19,7 @@ CASES = {
     "more_k_than_at_once": Case(T=2, K=11, E=16, R=2, H=16),
     "more_k_than_lanes": Case(T=2, K=40, E=64, R=2, H=16),  # the vector path of combine serves it
     "several_tiles": Case(T=5, K=3, E=8, R=2, A=4, H=1300),
+    "whole_tiles": Case(T=3, K=3, E=8, R=2, A=4, H=1024),
     "several_chunks": Case(T=20, K=2, E=8, R=2, A=4, H=256),  # of 16 KB, to stage
     "undefined_tail": Case(T=6, K=2, E=6, R=2, A=4, H=16, empty_groups="block", tail="undefined"),
 }
@@ -64,6 +65,19 @@ def test_a_late_reader_finds_the_tokens(library, tmp_path, is_one_process):
     for call in run(library, tmp_path, case, "dispatch", way, ids=ids, x=x, out=out):
         want = oracle.dispatch(case, call["x"], oracle.plan(case, ids)["slots"])
         assert (want[-1] != 0).any()
+        assert_bitwise_equal(call["out"], want)
+
+
+@each_way
+def test_every_rank_waits_for_a_slow_reader(library, tmp_path, is_one_process):
+    """As above, with a reader that is late in each call: all others are ahead of it, the rank
+    before it too."""
+    case = CASES["four_ranks"]
+    ids, x = make_ids("one_rank", case), make_bits(case.R, case.T, case.H, dtype=np.uint32)
+    way = Way(is_one_process, repeats=3, faults=((case.R - 1, (800_000_000, 0, 0)),))
+    out = ruined(*row_shape(case), dtype=np.uint32)
+    for call in run(library, tmp_path, case, "dispatch", way, ids=ids, x=x, out=out):
+        want = oracle.dispatch(case, call["x"], oracle.plan(case, ids)["slots"])
         assert_bitwise_equal(call["out"], want)
 
 
@@ -200,21 +214,22 @@ def test_the_example_of_gather(library, tmp_path):
 
 
 # Failures: FailureKind and Phase of layout.h.
-MISMATCH, OF_PEER, READY = 2, 3, 3
+TIMEOUT, MISMATCH, OF_PEER, READY = 1, 2, 3, 3
 
 
 @pytest.mark.parametrize("num_ranks", [4, 8])
 @pytest.mark.parametrize("op", [op for op in OPS if op != "plan"])
 def test_a_rank_in_another_call_is_named_by_all(library, tmp_path, op, num_ranks):
     """Rank 2 has other options, and every rank needs every other one. Who finds it names it, and it
-    names anybody; who stops because of an error names a rank that found it, or that stopped and
-    says because of whom. All results are poisoned."""
+    names anybody; who stops because of an error names a rank that found it. All results are
+    poisoned."""
     case, odd = Case(T=3, K=8, E=8, R=num_ranks, A=2, H=32), 2
     ids, way = make_ids("uniform", case), Way(odd=odd)
     out = ruined(case.R, case.R * case.T if op == "gather" else case.T, case.H)
     arrays = {"x": make_floats(case.R, case.T, case.H), "out": out}
     if op == "gather":
-        job = job_of_gather(case.R, case.T, case.H, 4 * case.H, **arrays)
+        arrays |= {"weights": arrays["x"], "dweights": out.copy()}
+        job = job_of_gather(case.R, case.T, case.H, 8 * case.H, **arrays)
     else:
         y, weights = make_experts(case, oracle.plan(case, ids), np.float32)
         if op == "dispatch":
@@ -233,9 +248,51 @@ def test_a_rank_in_another_call_is_named_by_all(library, tmp_path, op, num_ranks
             assert phase == READY
             assert (peer == odd) != (rank == odd)
             continue
-        for _ in range(case.R):
-            if failures[peer, 0] == OF_PEER:
-                peer = failures[peer, 3]
+        assert kind == OF_PEER
         assert failures[peer, 0] == MISMATCH
-    for name in {"out", "dweights"} & after.keys():
-        assert (after[name].view(np.uint8) == 0xFF).all(), name
+    assert_poisoned(after)
+
+
+def assert_poisoned(arrays):
+    for name in {"out", "dweights"} & arrays.keys():
+        assert (arrays[name].view(np.uint8) == 0xFF).all(), name
+
+
+def gather_with_faults(library, folder, **way):
+    """Its arrays and failures, of three ranks: the calls of test_gather."""
+    R, T, K = 3, 5, 3
+    x = make_bits(R, T, K, dtype=np.int32)
+    arrays = {"x": x, "out": ruined(R, R * T, K, dtype=np.int32)}
+    job = job_of_gather(R, T, K, 4 * K, **arrays)
+    return run_to_the_end(library, folder, job, Way(**way), **arrays)
+
+
+def test_nobody_has_results_when_a_rank_takes_no_part(library, tmp_path):
+    """Whom nobody told names the rank that it waits for, and the others name it or that rank."""
+    odd = 1
+    after, failures = gather_with_faults(
+        library, tmp_path, timeout_s=0.5, faults=((odd, (0, 1, 0)),)
+    )
+    assert_poisoned(after)
+    others = np.delete(failures, odd, axis=0)
+    assert TIMEOUT in others[:, 0]
+    for kind, phase, _, peer in others:
+        assert (kind, phase, peer) == (TIMEOUT, READY, odd) or (kind == OF_PEER and peer != odd)
+
+
+def test_who_takes_no_part_notes_that_a_rank_gave_up(library, tmp_path):
+    """Without a wait that would meet it."""
+    faults = tuple((rank, (0, rank == 0, 1 + 2)) for rank in range(3))
+    after, failures = gather_with_faults(library, tmp_path, faults=faults)
+    assert_poisoned(after)
+    assert failures[:, [0, 3]].tolist() == [[OF_PEER, 2]] * 3
+
+
+def test_a_delay_before_a_call_changes_nothing(library, tmp_path):
+    """Other calls of the rank could run meanwhile: it does not hold the turn."""
+    fault = (1, (50_000_000, 0, 0))
+    after, failures = gather_with_faults(library, tmp_path, repeats=3, timeout_s=4, faults=(fault,))
+    assert not failures.any()
+    for call in range(3):
+        want = after["x"][:, call].reshape(-1, 3)
+        assert_bitwise_equal(after["out"][:, call], np.stack([want] * 3))

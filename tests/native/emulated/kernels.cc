@@ -85,6 +85,13 @@ int64_t half_bytes(const Job* job) {
       .total;
 }
 
+// Before the first call; abort: 1 + a rank that gave up, or 0.
+void set_fault(char* controls, int rank, int64_t delay_ns, uint32_t skips, uint32_t abort) {
+  Control* control = reinterpret_cast<Control*>(controls + rank * control_bytes());
+  control->fault = {static_cast<uint64_t>(delay_ns), skips};
+  control->abort = abort;
+}
+
 int run(const Job* job) {
   Op op = static_cast<Op>(job->op);
   int num_ranks = static_cast<int>(job->num_ranks);

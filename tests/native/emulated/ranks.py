@@ -64,9 +64,13 @@ def main():
     static = json.loads(str(given.pop("job")))
     repeats, late, late_s = (static.pop(name) for name in ("repeats", "late", "late_s"))
     odd, odd_options = (static.pop(name) for name in ("odd", "odd_options"))
+    faults = static.pop("faults")
     num_ranks = static["num_ranks"]
     arrays = {name: share(array) for name, array in given.items()}
     controls = shared(num_ranks * library.control_bytes())
+    for rank, (delay_ns, skips, abort) in faults:
+        address, delay_ns = ctypes.c_void_p(controls.ctypes.data), ctypes.c_int64(delay_ns)
+        library.set_fault(address, rank, delay_ns, skips, abort)
     launches = [shared(128) for _ in range(num_ranks)]
     failures = [shared(256) for _ in range(num_ranks)]
     probe = Job(**static)
