@@ -62,12 +62,7 @@ __device__ void StageGradients(const GroupBackwardParams<T>& p, uint64_t epoch) 
 template <typename T>
 __device__ void CompletePulls(const GroupBackwardParams<T>& p, uint64_t epoch, int64_t count) {
   if (!Complete(&p.group.launch->pulled, count, p.num_pulls())) return;
-  FenceSystem();
-#pragma unroll 1
-  for (int offset = 1; offset < p.group.num_ranks; ++offset) {
-    int peer = Peer(p.group, offset);
-    StoreRelaxedSystem(&p.group.controls[peer]->returned[p.group.rank], epoch);
-  }
+  TellPeers(p.group, epoch, [&](Control* peer) { return &peer->returned[p.group.rank]; });
   StoreReleaseDevice(&OwnControl(p.group)->returned[p.group.rank], epoch);
 }
 

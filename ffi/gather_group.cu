@@ -79,9 +79,7 @@ cudaError_t Load() {
 }  // namespace
 
 cudaError_t LoadGroupGather() {
-  if (cudaError_t status = Load<uint4>(); status != cudaSuccess) return status;
-  if (cudaError_t status = Load<uint32_t>(); status != cudaSuccess) return status;
-  return Load<uint8_t>();
+  return ForEachUnit([](auto unit) { return Load<decltype(unit)>(); });
 }
 
 cudaError_t LaunchGroupGather(const GroupView& group,

@@ -142,6 +142,14 @@ cudaError_t WithUnit(const GatherArrays& arrays, Launch launch) {
   return launch(uint8_t{});
 }
 
+// Calls use(Unit{}) with each of them, until one fails.
+template <typename Use>
+cudaError_t ForEachUnit(Use use) {
+  if (cudaError_t status = use(uint4{}); status != cudaSuccess) return status;
+  if (cudaError_t status = use(uint32_t{}); status != cudaSuccess) return status;
+  return use(uint8_t{});
+}
+
 }  // namespace
 }  // namespace jax_moe_ep
 

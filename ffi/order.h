@@ -61,10 +61,10 @@ struct CombinePieces {
   int64_t num_parts;
 
   static constexpr int64_t kPartBytes = 2048;
-  static constexpr int64_t kShort = 512;    // tokens: of short batches every warp has a part
-  static constexpr int64_t kEnough = 8192;  // pieces, for the machine to be full
-  static constexpr int64_t kEnoughForFew =
-      4096;  // and for a few SMs: a piece has a cost of its own
+  static constexpr int64_t kShort = 512;  // tokens: of short batches every warp has a part
+  // Pieces, for the machine to be full; for a few SMs less, as a piece has a cost of its own.
+  static constexpr int64_t kEnough = 8192;
+  static constexpr int64_t kEnoughForFew = 4096;
   static_assert(2 * kEnough <= kMaxPieces, "parts of fewer than kEnough tokens all have flags");
 
   CombinePieces() = default;

@@ -34,12 +34,8 @@ ffi::Error PlanImpl(cudaStream_t stream,
                     int64_t num_sms,
                     bool force_large) {
   ++num_executions;
-  PlanOptions options{static_cast<int32_t>(alignment),
-                      static_cast<int32_t>(capacity),
-                      static_cast<int32_t>(expert_limit),
-                      block_for_empty,
-                      static_cast<int32_t>(num_sms),
-                      force_large};
+  PlanOptions options =
+      MakePlanOptions(alignment, capacity, expert_limit, block_for_empty, num_sms, force_large);
   PlanResults results{slots,
                       owners,
                       group_counts,
@@ -64,20 +60,10 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(PlanInitializeFfi,
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(PlanFfi,
                               PlanImpl,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::PlatformStream<cudaStream_t>>()
-                                  .Arg<PlanIds>()
-                                  .Arg<PlanPriority>()
-                                  .Ret<PlanMatrix>()
-                                  .Ret<PlanMatrix>()
-                                  .Ret<PlanVector>()
-                                  .Ret<PlanVector>()
-                                  .Ret<PlanVector>()
-                                  .Ret<PlanMatrix>()
-                                  .Ret<PlanScalar>()
-                                  .Ret<PlanScalar>()
-                                  .Ret<PlanScalar>()
-                                  .Ret<PlanVector>()
+                              BindPlanResults(ffi::Ffi::Bind()
+                                                  .Ctx<ffi::PlatformStream<cudaStream_t>>()
+                                                  .Arg<PlanIds>()
+                                                  .Arg<PlanPriority>())
                                   .Attr<int64_t>("num_ranks")
                                   .Attr<int64_t>("rank")
                                   .Attr<int64_t>("num_experts")

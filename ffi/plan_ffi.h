@@ -4,6 +4,7 @@
 #define JAX_MOE_EP_PLAN_FFI_H_
 
 #include <string>
+#include <utility>
 
 #include "checks.h"
 #include "plan.h"
@@ -28,6 +29,36 @@ struct PlanResults {
   ffi::Result<PlanScalar> required_rows;
   ffi::Result<PlanVector> scratch;
 };
+
+template <typename Binding>
+auto BindPlanResults(Binding binding) {
+  return std::move(binding)
+      .template Ret<PlanMatrix>()
+      .template Ret<PlanMatrix>()
+      .template Ret<PlanVector>()
+      .template Ret<PlanVector>()
+      .template Ret<PlanVector>()
+      .template Ret<PlanMatrix>()
+      .template Ret<PlanScalar>()
+      .template Ret<PlanScalar>()
+      .template Ret<PlanScalar>()
+      .template Ret<PlanVector>();
+}
+
+// From attributes, which are 64 bits wide; Python has checked that they fit.
+inline PlanOptions MakePlanOptions(int64_t alignment,
+                                   int64_t capacity,
+                                   int64_t expert_limit,
+                                   bool block_for_empty,
+                                   int64_t num_sms,
+                                   bool force_large) {
+  return {static_cast<int32_t>(alignment),
+          static_cast<int32_t>(capacity),
+          static_cast<int32_t>(expert_limit),
+          block_for_empty,
+          static_cast<int32_t>(num_sms),
+          force_large};
+}
 
 struct PlanCall {
   PlanShape shape;

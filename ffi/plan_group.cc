@@ -77,12 +77,12 @@ ffi::Error PlanImpl(cudaStream_t stream,
   if (!arena.has_value()) return arena.error();
   auto view = MakeView(**arena, site, attributes, attributes.row_bytes);
   if (!view.has_value()) return view.error();
-  PlanOptions options{static_cast<int32_t>(attributes.alignment),
-                      static_cast<int32_t>(attributes.capacity),
-                      static_cast<int32_t>(attributes.expert_limit),
-                      attributes.block_for_empty,
-                      static_cast<int32_t>(attributes.num_sms),
-                      attributes.force_large};
+  PlanOptions options = MakePlanOptions(attributes.alignment,
+                                        attributes.capacity,
+                                        attributes.expert_limit,
+                                        attributes.block_for_empty,
+                                        attributes.num_sms,
+                                        attributes.force_large);
   PlanResults results{slots,
                       owners,
                       group_counts,
@@ -135,24 +135,14 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(GroupPlanInitializeFfi,
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(GroupPlanFfi,
                               PlanImpl,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::PlatformStream<cudaStream_t>>()
-                                  .Ctx<ffi::Extension<Collectives>>()
-                                  .Ctx<ffi::State<CallSite>>()
-                                  .Arg<PlanIds>()
-                                  .Arg<PlanPriority>()
-                                  .Ret<PlanIds>()
-                                  .Ret<PlanPriority>()
-                                  .Ret<PlanMatrix>()
-                                  .Ret<PlanMatrix>()
-                                  .Ret<PlanVector>()
-                                  .Ret<PlanVector>()
-                                  .Ret<PlanVector>()
-                                  .Ret<PlanMatrix>()
-                                  .Ret<PlanScalar>()
-                                  .Ret<PlanScalar>()
-                                  .Ret<PlanScalar>()
-                                  .Ret<PlanVector>()
+                              BindPlanResults(ffi::Ffi::Bind()
+                                                  .Ctx<ffi::PlatformStream<cudaStream_t>>()
+                                                  .Ctx<ffi::Extension<Collectives>>()
+                                                  .Ctx<ffi::State<CallSite>>()
+                                                  .Arg<PlanIds>()
+                                                  .Arg<PlanPriority>()
+                                                  .Ret<PlanIds>()
+                                                  .Ret<PlanPriority>())
                                   .Attrs<GroupPlanAttributes>(),
                               {ffi::Traits::kCmdBufferCompatible});
 

@@ -59,19 +59,15 @@ __global__ void __launch_bounds__(kSmallThreads)
   End(group, [] {});
 }
 
-template <typename Unit>
-cudaError_t Load() {
-  cudaFuncAttributes attributes;
-  return cudaFuncGetAttributes(&attributes, GroupSmallPlanKernel<Unit>);
-}
-
 }  // namespace
 
 cudaError_t LoadGroupPlan() {
-  if (cudaError_t status = Load<uint4>(); status != cudaSuccess) return status;
-  if (cudaError_t status = Load<uint32_t>(); status != cudaSuccess) return status;
-  if (cudaError_t status = Load<uint8_t>(); status != cudaSuccess) return status;
-  if (cudaError_t status = LoadPlan(); status != cudaSuccess) return status;
+  cudaError_t status = ForEachUnit([](auto unit) {
+    cudaFuncAttributes attributes;
+    return cudaFuncGetAttributes(&attributes, GroupSmallPlanKernel<decltype(unit)>);
+  });
+  if (status != cudaSuccess) return status;
+  if (status = LoadPlan(); status != cudaSuccess) return status;
   return LoadGroupGather();
 }
 

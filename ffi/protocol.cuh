@@ -37,6 +37,16 @@ __device__ inline char* Half(const GroupView& group, int rank, uint64_t epoch) {
   return group.regions[rank] + (epoch & 1) * group.half_bytes;
 }
 
+// Raises a flag in each peer's memory, `flag` of its Control: one fence for all of them.
+template <typename Flag>
+__device__ void TellPeers(const GroupView& group, uint64_t epoch, Flag flag) {
+  FenceSystem();
+#pragma unroll 1
+  for (int offset = 1; offset < group.num_ranks; ++offset) {
+    StoreRelaxedSystem(flag(group.controls[Peer(group, offset)]), epoch);
+  }
+}
+
 // Edge 1. The caller has seen all that the peers will read.
 static __device__ __noinline__ void Publish(const GroupView& group,
                                             uint64_t epoch,
@@ -48,11 +58,7 @@ static __device__ __noinline__ void Publish(const GroupView& group,
     record->signature = group.signature;
     record->address = static_cast<const char*>(address);
   }
-  FenceSystem();
-#pragma unroll 1
-  for (int offset = 1; offset < group.num_ranks; ++offset) {
-    StoreRelaxedSystem(&group.controls[Peer(group, offset)]->ready[group.rank], epoch);
-  }
+  TellPeers(group, epoch, [&](Control* peer) { return &peer->ready[group.rank]; });
   StoreReleaseDevice(&OwnControl(group)->ready[group.rank], epoch);  // for Finish
 }
 
@@ -280,11 +286,7 @@ __device__ inline bool Complete(uint64_t* counter, int64_t count, int64_t total)
 
 // Edge 5. One thread, when all items are done.
 __device__ inline void TellConsumed(const GroupView& group, uint64_t epoch) {
-  FenceSystem();
-#pragma unroll 1
-  for (int offset = 1; offset < group.num_ranks; ++offset) {
-    StoreRelaxedSystem(&group.controls[Peer(group, offset)]->consumed[group.rank], epoch);
-  }
+  TellPeers(group, epoch, [&](Control* peer) { return &peer->consumed[group.rank]; });
 }
 
 // The same thread, then. `must_wait`: peers read memory of XLA's, which is reused once this kernel

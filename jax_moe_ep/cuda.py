@@ -120,8 +120,7 @@ def _gather(config: EpConfig, x: Shaped[Array, "T K"]) -> Shaped[Array, "RT K"]:
     """x of all ranks, in rank order."""
     if lax.axis_size(config.axis_name) == 1:
         return x
-    (gathered,) = group_gather(config, x, op_code=extension("gather").op_codes()["gather"])
-    return gathered
+    return group_gather(config, x, op_code=extension("gather").op_codes()["gather"])
 
 
 def plan_from_gathered(

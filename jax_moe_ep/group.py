@@ -107,28 +107,28 @@ def group_plan(
 
 
 def group_gather(
-    config: EpConfig, *arrays: Shaped[Array, "T K"], op_code: int
-) -> tuple[Shaped[Array, "RT K"], ...]:
-    """`lax.all_gather(x, config.axis_name, tiled=True)` of each array, in one call of the group.
+    config: EpConfig, x: Shaped[Array, "T K"], *, op_code: int
+) -> Shaped[Array, "RT K"]:
+    """`lax.all_gather(x, config.axis_name, tiled=True)` in a call of the group.
 
     Args:
       config: of the group.
-      arrays: one or two, of one shape and width.
+      x: of this rank.
       op_code: the op's number in the extension.
     """
-    num_tokens, top_k = arrays[0].shape
+    num_tokens, top_k = x.shape
     num_rows = num_tokens * lax.axis_size(config.axis_name)
-    results = _call(
+    (gathered,) = _call(
         "gather",
-        [jax.typeof(x).update(shape=(num_rows, top_k)) for x in arrays],
+        [jax.typeof(x).update(shape=(num_rows, top_k))],
         config,
-        *arrays,
+        x,
         op_code=op_code,
-        sizes=(num_tokens, top_k, sum(top_k * x.dtype.itemsize for x in arrays), num_rows),
+        sizes=(num_tokens, top_k, top_k * x.dtype.itemsize, num_rows),
         has_weights=False,
         force_vector=False,
     )
-    return tuple(results)
+    return gathered
 
 
 def _call(
