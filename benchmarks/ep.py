@@ -19,6 +19,7 @@ import dataclasses
 import faulthandler
 import os
 import pathlib
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any
@@ -87,10 +88,17 @@ def stock_programs(
     num_calls: int,
     xla: XlaOptions | None = None,
 ) -> dict[tuple[str, str], Program]:
-    """Every form's program by op and name, after a comparison with ours."""
+    """By op and name, those of the forms that give what ours do. The others are named on stderr:
+    XLA has more than one ragged_all_to_all that is wrong."""
     steps = {(op, name): stock_step(op, form) for op in forms for name, form in forms[op].items()}
-    check_stock(bench, steps, inputs[0], xla)
-    return {key: bench.in_turn(step, inputs, num_calls, xla) for key, step in steps.items()}
+    off = stock_differences(bench, steps, inputs[0], xla)
+    programs = {}
+    for (op, name), step in steps.items():
+        if off[op, name] <= (0 if op == "dispatch" else TOLERANCE):
+            programs[op, name] = bench.in_turn(step, inputs, num_calls, xla)
+        elif jax.process_index() == 0:
+            print(f"{op}, {name} is left out: it is off by {off[op, name]}", file=sys.stderr)
+    return programs
 
 
 def stock_step(op: str, form: Callable[..., Any]) -> Step:
@@ -99,10 +107,10 @@ def stock_step(op: str, form: Callable[..., Any]) -> Step:
     return lambda i: form(i.y, i.weights, i.stock)
 
 
-def check_stock(
+def stock_differences(
     bench: Bench, steps: dict[tuple[str, str], Step], inputs: Inputs, xla: XlaOptions | None
-) -> None:
-    """That all steps give what ours do, rows exactly and sums but for roundings."""
+) -> dict[tuple[str, str], float]:
+    """How far each step's results are from ours: rows not at all, sums by roundings alone."""
     ours = ops(inputs.plan.config)
 
     def differences(i: Inputs) -> list[jax.Array]:
@@ -116,9 +124,7 @@ def check_stock(
         ]
 
     each = bench.on_ranks(differences, xla)(inputs)
-    for (op, name), difference in zip(steps, each, strict=True):
-        worst = largest(difference)
-        assert worst <= (0 if op == "dispatch" else TOLERANCE), f"{name} is off by {worst}"
+    return {key: largest(difference) for key, difference in zip(steps, each, strict=True)}
 
 
 def check_gradients(bench: Bench, inputs: Inputs) -> None:
@@ -157,7 +163,8 @@ def measure_ragged(
                 faulthandler.dump_traceback_later(timeout_s, exit=True)
                 named = {op: {f"{name}, {suffix}": form}}
                 xla: XlaOptions = {ONE_SHOT: is_one_shot, ALLOW_NCCL: not is_one_shot}
-                us = bench.us(stock_programs(bench, named, inputs, len(inputs), xla))
+                programs = stock_programs(bench, named, inputs, len(inputs), xla)
+                us = bench.us(programs) if programs else {}
                 faulthandler.cancel_dump_traceback_later()
                 yield [make_row(shape, *key, us[key], {}) for key in us]
 

@@ -42,7 +42,7 @@ from benchmarks.group import Bench, largest, make_bench, one_by_one
 from benchmarks.report import Row, result_name
 from benchmarks.shapes import GroupShape
 from benchmarks.timing import RESULTS, save
-from jax_moe_ep.moe import grouped_matmul
+from jax_moe_ep.grouped_matmul import grouped_matmul
 
 TOLERANCE = 2.0**-4  # of gradients through bf16 layers, relative to the largest
 OURS, ALONE = "jax_moe_ep, {} tail", "no exchange"
@@ -191,24 +191,26 @@ def random_arrays(
 
 
 def check(bench: Bench, forms: dict[str, Any], inputs: StepInputs) -> dict[str, Any]:
-    """The forms without those, named on stderr, whose gradients are not those of the first; "no
-    exchange" computes something else. The first is compared with itself: a GEMM that does not
-    repeat itself makes all others wrong."""
-    reference, *_ = forms.values()
+    """The forms without those, named on stderr, whose gradients are not those of the first. The
+    first and "no exchange", which computes something else, are compared with themselves: a GEMM
+    that does not repeat itself makes all others wrong."""
+    first, *_ = forms.values()
 
-    def difference(form: Callable[..., Any], i: StepInputs) -> tuple[Array, Weights]:
+    def difference(
+        reference: Callable[..., Any], form: Callable[..., Any], i: StepInputs
+    ) -> tuple[Array, Weights]:
         expected, actual = one_by_one([(reference, i), (form, i)])
         return jax.tree.map(stock.largest_difference, actual, expected)
 
     kept = {}
     for name, form in forms.items():
-        off = {}
-        if name != ALONE:
-            x, weights = bench.on_ranks(functools.partial(difference, form))(inputs)
-            off = {leaf: largest(each) for leaf, each in {"x": x, **weights._asdict()}.items()}
+        reference = form if name == ALONE else first
+        x, weights = bench.on_ranks(functools.partial(difference, reference, form))(inputs)
+        leaves = weights._asdict() | ({} if name == ALONE else {"x": x})  # its tail is undefined
+        off = {leaf: largest(each) for leaf, each in leaves.items()}
         if jax.process_index() == 0:
             print(f"checked: {name}", file=sys.stderr)
-        if max(off.values(), default=0.0) <= (0 if form is reference else TOLERANCE):
+        if max(off.values()) <= (0.0 if form is reference else TOLERANCE):
             kept[name] = form
         else:
             print(f"{name} is left out: its gradients are off by {off}", file=sys.stderr)

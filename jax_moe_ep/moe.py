@@ -1,26 +1,20 @@
 """A whole Mixture-of-Experts feed-forward layer on global arrays."""
 
-import importlib.util
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int, Int32
+from jaxtyping import Array, Float, Int
 
 from jax_moe_ep import ops
 from jax_moe_ep.config import EpConfig
-from jax_moe_ep.cuda import refused
+from jax_moe_ep.grouped_matmul import grouped_matmul
 from jax_moe_ep.plan import Stats
 
 Activation = Literal["swiglu", "geglu"]
-
-# What tokamax's kernels for bf16 and fp16 want dimensions to be multiples of: their tiles are 128
-# bytes wide. C as well, over which the gradient of the weights is a sum.
-_TILE = 64
 
 _GATES: dict[str, Callable[[Array], Array]] = {"swiglu": jax.nn.silu, "geglu": jax.nn.gelu}
 
@@ -41,7 +35,7 @@ def moe_mlp(
 
     For every token: sum over k of w[k] * (act(x @ gate) * (x @ up)) @ down of expert topk_idx[k],
     where gate and up are the two halves of w_gate_up[e]. On CUDA the experts run through
-    `tokamax.ragged_dot`, elsewhere through `jax.lax.ragged_dot`. For bf16 and fp16 tokamax wants
+    `tokamax.ragged_dot`, elsewhere through `jax.lax.ragged_dot`. For bf16 and fp16 its kernels want
     C, H and F to be multiples of 64: on CUDA, arrays with others are copied, padded with zeros.
 
     Args:
@@ -91,69 +85,6 @@ def moe_mlp(
     return jax.shard_map(
         layer, mesh=mesh, in_specs=in_specs, out_specs=(tokens, P()), check_vma=False
     )(*args)
-
-
-@jax.custom_vjp
-def grouped_matmul(
-    rows: Float[Array, "C M"], weights: Float[Array, "L M N"], group_sizes: Int32[Array, "L"]
-) -> Float[Array, "C N"]:
-    """The rows of each group times its weights; rows behind the groups are undefined."""
-    cuda, default = _ragged_dots()
-    return lax.platform_dependent(rows, weights, group_sizes, cuda=cuda, default=default)
-
-
-def _grouped_matmul_forward(rows: Array, weights: Array, group_sizes: Array) -> tuple[Array, Any]:
-    return grouped_matmul(rows, weights, group_sizes), (rows, weights, group_sizes)
-
-
-def _grouped_matmul_backward(residuals: Any, dout: Array) -> tuple[Array, Array, None]:
-    # Each platform differentiates its own matmul; the unused forward pass is dead code.
-    rows, weights, group_sizes = residuals
-    # No tail: rows there may be NaN, and tokamax multiplies some by zero for the weights' gradient.
-    is_grouped = jnp.arange(rows.shape[0]) < jnp.sum(group_sizes)
-    rows, dout = (jnp.where(is_grouped[:, None], each, 0) for each in (rows, dout))
-
-    def gradients(ragged_dot: Callable[..., Array]) -> Callable[..., tuple[Array, Array]]:
-        return lambda rows, weights, group_sizes, dout: jax.vjp(
-            lambda rows, weights: ragged_dot(rows, weights, group_sizes), rows, weights
-        )[1](dout)
-
-    cuda, default = map(gradients, _ragged_dots())
-    drows, dweights = lax.platform_dependent(
-        rows, weights, group_sizes, dout, cuda=cuda, default=default
-    )
-    return drows, dweights, None
-
-
-grouped_matmul.defvjp(_grouped_matmul_forward, _grouped_matmul_backward)
-
-
-def _ragged_dots() -> tuple[Callable[..., Array], Callable[..., Array]]:
-    """The grouped matmul for CUDA and the one for other platforms."""
-    if importlib.util.find_spec("tokamax") is not None:
-        return _tokamax_ragged_dot, lax.ragged_dot
-    return refused(
-        lax.ragged_dot,
-        "jax_moe_ep.moe_mlp: on CUDA the experts need tokamax, which is not installed. "
-        "pip install tokamax, or call plan, dispatch and combine around experts of your own",
-    ), lax.ragged_dot
-
-
-def _tokamax_ragged_dot(rows: Array, weights: Array, group_sizes: Array) -> Array:
-    import tokamax  # pyright: ignore[reportMissingImports]  # only CUDA installs have it
-
-    num_rows, num_columns = rows.shape[0], weights.shape[2]
-    if rows.dtype.itemsize == 2:
-        rows, weights = _pad_to_tiles(rows, (0, 1)), _pad_to_tiles(weights, (1, 2))
-    return tokamax.ragged_dot(rows, weights, group_sizes)[:num_rows, :num_columns]
-
-
-def _pad_to_tiles(x: Array, axes: tuple[int, ...]) -> Array:
-    """Zeros behind x: at least one tile along each of the axes, and only whole ones."""
-    padding = [(0, 0)] * x.ndim
-    for axis in axes:
-        padding[axis] = (0, -x.shape[axis] % _TILE if x.shape[axis] else _TILE)
-    return jnp.pad(x, padding)
 
 
 def _check(

@@ -73,11 +73,25 @@ def test_differences_are_found():
     assert stock.largest_difference(one.at[0].set(jnp.nan), one) == jnp.inf
 
 
-def test_a_wrong_stock_form_is_not_measured():
+def test_a_wrong_stock_form_is_named_and_not_measured(capsys):
     inputs, _, _ = tiny_inputs()
+    forms = {
+        "dispatch": {"wrong": lambda x, maps: 2 * stock.gathered(x, maps), "right": stock.gathered},
+        "combine": {"nan": lambda y, weights, maps: jnp.nan * stock.returned(y, weights, maps)},
+    }
+    found = benchmark.stock_programs(tiny_bench(), forms, inputs, 2)
+    assert list(found) == [("dispatch", "right")]
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [
+        "dispatch, wrong is left out: it is off by 1.0",
+        "combine, nan is left out: it is off by inf",
+    ]
+
+
+def test_a_wrong_ragged_all_to_all_leaves_no_row(monkeypatch):
     forms = {"dispatch": {"wrong": lambda x, maps: 2 * stock.gathered(x, maps)}}
-    with pytest.raises(AssertionError, match="wrong is off by"):
-        benchmark.stock_programs(tiny_bench(), forms, inputs, 2)
+    monkeypatch.setattr(stock, "RAGGED", forms)
+    assert list(benchmark.measure_ragged(tiny_bench(), TINY, 60, [True])) == [[]]
 
 
 def test_both_kinds_of_ragged_are_measured_one_by_one(monkeypatch):

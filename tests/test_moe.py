@@ -2,8 +2,6 @@
 
 import dataclasses
 import re
-import sys
-import types
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +13,6 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jax_moe_ep as ep
-from jax_moe_ep import moe
 
 CASE = Case(T=8, K=2, E=4, R=2, A=16, H=8)
 F = 6
@@ -221,7 +218,7 @@ def assert_like_dense_in_bf16(case, F, implementation="auto"):
     [(8, 16, 8, 6), (9, 1, 8, 100), (32, 64, 64, 64), (2048, 128, 128, 192)],
 )
 def test_bf16_tokens_and_experts(T, A, H, F):
-    """C is 32, 36 or 128: rows and experts are whole tiles of tokamax's or not. With T = 2048 a
+    """C is 32, 36 or 128: rows and experts are whole tiles of the kernels or not. With T = 2048 a
     group is several tiles long."""
     assert_like_dense_in_bf16(dataclasses.replace(CASE, T=T, A=A, H=H), F)
 
@@ -230,59 +227,3 @@ def test_an_undefined_tail_leaks_nowhere_in_bf16():
     """The reference's tail, on all platforms: it is NaN."""
     case = dataclasses.replace(CASE, A=1, tail="undefined")
     assert_like_dense_in_bf16(case, F, "reference")
-
-
-# tokamax's kernels for bf16 on Hopper, as far as a machine without a GPU can have them.
-
-
-@jax.custom_vjp
-def hopper_ragged_dot(rows, weights, group_sizes):
-    """lax.ragged_dot for whole tiles only, their TMA refuses others; nobody writes the tail."""
-    sizes = (*rows.shape, weights.shape[2])
-    if any(size == 0 or size % 64 for size in sizes):
-        raise ValueError(f"no whole tiles: {sizes}")
-    out = jax.lax.ragged_dot(rows, weights, group_sizes)
-    is_grouped = jnp.arange(out.shape[0]) < jnp.sum(group_sizes)
-    return jnp.where(is_grouped[:, None], out, jnp.nan)
-
-
-def hopper_forward(rows, weights, group_sizes):
-    return hopper_ragged_dot(rows, weights, group_sizes), (rows, weights, group_sizes)
-
-
-def hopper_backward(residuals, dout):
-    """The gradient of the weights is a product of all rows, those of other groups times zero."""
-    rows, weights, group_sizes = residuals
-    drows = hopper_ragged_dot(dout, weights.mT, group_sizes)
-    groups = jnp.searchsorted(jnp.cumsum(group_sizes), jnp.arange(rows.shape[0]), side="right")
-    is_mine = groups == jnp.arange(group_sizes.size)[:, None]  # [L, C]
-    mine = rows * is_mine[..., None].astype(rows.dtype)
-    dweights = jnp.einsum("lch,cf->lhf", mine, dout, preferred_element_type=jnp.float32)
-    return drows, dweights.astype(weights.dtype), None
-
-
-hopper_ragged_dot.defvjp(hopper_forward, hopper_backward)
-
-
-@pytest.fixture
-def hopper(monkeypatch):
-    """These kernels as tokamax's on all platforms, and the shapes that they are called with."""
-    seen = []
-
-    def ragged_dot(rows, weights, group_sizes):
-        seen.append((rows.shape, weights.shape))
-        return hopper_ragged_dot(rows, weights, group_sizes)
-
-    def matmul(*args):  # of this test: JAX keeps what it has traced by the function
-        return moe._tokamax_ragged_dot(*args)
-
-    monkeypatch.setitem(sys.modules, "tokamax", types.SimpleNamespace(ragged_dot=ragged_dot))
-    monkeypatch.setattr(moe, "_ragged_dots", lambda: (matmul, matmul))
-    return seen
-
-
-@pytest.mark.parametrize(("T", "H", "F"), [(0, 8, 10), (9, 72, 70), (32, 64, 32)])
-def test_tokamax_gets_whole_tiles_and_no_tail(hopper, T, H, F):
-    """C is 0, 36 or 128, of which some are tail, which is undefined."""
-    assert_like_dense_in_bf16(dataclasses.replace(CASE, T=T, A=1, H=H, tail="undefined"), F)
-    assert hopper
