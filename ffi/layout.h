@@ -16,6 +16,7 @@ namespace jax_moe_ep {
 
 inline constexpr int kMaxRanks = 16;                  // GPUs of one host
 inline constexpr int kMaxPieces = 16 * 1024;          // of one rank's partials, each with a flag
+inline constexpr int kMaxFewIds = 8 * 1024;           // of all ranks, that cross a word each
 inline constexpr int64_t kPartAlignment = 256;        // of the parts of a region
 inline constexpr int64_t kAllocationBytes = 2 << 20;  // cudaIpc maps whole multiples of this
 inline constexpr int64_t kRegionHeaderBytes = 256;    // its proof
@@ -63,6 +64,7 @@ struct Control {
   uint64_t consumed[kMaxRanks];               // p reads nothing of this epoch and before any more
   uint64_t returned[kMaxRanks];               // p's weight gradients of this epoch are here
   uint64_t landed[2][kMaxRanks][kMaxPieces];  // by parity: p's partials of a piece are here
+  uint64_t few_ids[2][kMaxFewIds];            // by parity: of all ranks, each with its call's tag
 };
 
 // Counters of the launches of one call site on one device: never two at a time. Zero in between.

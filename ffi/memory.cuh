@@ -42,6 +42,12 @@ __device__ inline uint32_t LoadRelaxedSystem(const uint32_t* flag) {
   return value;
 }
 
+__device__ inline uint64_t LoadRelaxedSystem(const uint64_t* word) {
+  uint64_t value;
+  asm volatile("ld.relaxed.sys.global.u64 %0, [%1];" : "=l"(value) : "l"(word) : "memory");
+  return value;
+}
+
 // Acquire and release, device scope: between blocks of one GPU.
 __device__ inline uint64_t LoadAcquireDevice(const uint64_t* flag) {
   uint64_t value;

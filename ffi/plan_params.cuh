@@ -61,6 +61,9 @@ struct PlanParams {
   uint32_t* thresholds = nullptr;   // [E] by priority: the key at the border
   int32_t* quotas = nullptr;        // [E] by priority: how many with that key stay
   int32_t* digits = nullptr;        // [E, kDigits] by priority: a histogram
+
+  // This rank's first assignment.
+  __device__ int64_t first_own() const { return int64_t{shape.rank} * shape.assignments_per_rank; }
 };
 
 // Carves scratch; with a null base it only measures. Returns the words used.

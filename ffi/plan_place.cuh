@@ -19,7 +19,6 @@ __device__ void PlaceItems(
     const PlanParams& p, const Item& item, int64_t index, int64_t end, int32_t* counters) {
   int lane = threadIdx.x % kWarpSize;
   int num_local = p.shape.num_experts / p.shape.num_ranks;
-  int64_t first_own = int64_t{p.shape.rank} * p.shape.assignments_per_rank;
   unsigned before = (1u << lane) - 1;
   unsigned same = __match_any_sync(kAllLanes, item.expert);
   unsigned above = same & __ballot_sync(kAllLanes, item.is_above);
@@ -46,7 +45,7 @@ __device__ void PlaceItems(
   bool is_mine = owner == p.shape.rank;
   p.arrays.slots[index] =
       is_mine ? p.arrays.group_starts[item.expert - owner * num_local] + place : -1;
-  int64_t own = index - first_own;
+  int64_t own = index - p.first_own();
   if (own >= 0 && own < p.shape.assignments_per_rank) p.arrays.owners[own] = owner;
 }
 

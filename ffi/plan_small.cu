@@ -9,9 +9,11 @@ namespace {
 __global__ void __launch_bounds__(kSmallThreads)
     SmallPlanKernel(const __grid_constant__ PlanParams p) {
   __shared__ SmallPlanMemory memory;
+  SmallItems items(p);
+  items.Load(p, 0);
   memory.ZeroCounters(p);
   __syncthreads();
-  PlanByBlock(p, memory, [] {});
+  PlanByBlock(p, memory, items, [] {});
 }
 
 }  // namespace

@@ -59,19 +59,36 @@ struct LayoutWarp {
   }
 };
 
-// A warp's assignments, in registers, with all loads under way at once.
+// A warp's assignments, in registers: the experts, or -1.
 struct SmallItems {
+  WarpRange range;
   int experts[kSmallRounds];
 
-  __device__ SmallItems(const PlanParams& p, const WarpRange& range) {
-#pragma unroll
-    for (int i = 0; i < kSmallRounds; ++i) {
-      experts[i] = Index(range, i) < range.end ? LoadItem<false>(p, Index(range, i)).expert : -1;
-    }
+  // None yet.
+  __device__ explicit SmallItems(const PlanParams& p) : range(p, Source(p), Warp() % p.grid.warps) {
+    if (Source(p) >= p.shape.num_ranks) range.end = range.begin;
+    Clear();
   }
 
-  __device__ static int64_t Index(const WarpRange& range, int i) {
+  __device__ static int Warp() { return threadIdx.x / kWarpSize; }
+  // The rank whose they are; from R on there is none.
+  __device__ static int Source(const PlanParams& p) { return Warp() / p.grid.warps; }
+
+  __device__ int64_t Index(int i) const {
     return range.begin + i * kWarpSize + threadIdx.x % kWarpSize;
+  }
+
+  __device__ void Clear() {
+#pragma unroll
+    for (int i = 0; i < kSmallRounds; ++i) experts[i] = -1;
+  }
+
+  // p.arrays.ids begins with assignment `first`. All loads are under way at once.
+  __device__ void Load(const PlanParams& p, int64_t first) {
+#pragma unroll
+    for (int i = 0; i < kSmallRounds; ++i) {
+      if (Index(i) < range.end) experts[i] = LoadItem<false>(p, Index(i) - first).expert;
+    }
   }
 
   // counters[expert] += those of the expert.
@@ -83,12 +100,12 @@ struct SmallItems {
   }
 
   // As PlaceWarp.
-  __device__ void Place(const PlanParams& p, const WarpRange& range, int32_t* counters) const {
+  __device__ void Place(const PlanParams& p, int32_t* counters) const {
 #pragma unroll
     for (int i = 0; i < kSmallRounds; ++i) {
       if (range.begin + i * kWarpSize >= range.end) break;
       Item item{experts[i], false, true};
-      PlaceItems<false>(p, item, Index(range, i), range.end, counters);
+      PlaceItems<false>(p, item, Index(i), range.end, counters);
     }
   }
 };
@@ -126,24 +143,23 @@ inline PlanParams SmallPlanParams(const PlanShape& shape,
 
 // The steps of plan.cu by position, with all that lies between them in shared memory, its counters
 // zero; each source rank has grid.warps of the warps, and each rank one that lays it out. A block
-// of kSmallThreads, which sees all ids; one thread calls meanwhile() when all have been read.
+// of kSmallThreads, whose warps hold all items; one thread calls meanwhile() once all do.
 template <typename Meanwhile>
-__device__ void PlanByBlock(const PlanParams& given, SmallPlanMemory& memory, Meanwhile meanwhile) {
+__device__ void PlanByBlock(const PlanParams& given,
+                            SmallPlanMemory& memory,
+                            const SmallItems& items,
+                            Meanwhile meanwhile) {
   PlanParams p = given;
   p.totals = memory.totals;
   p.caps = memory.caps;
   p.arrays.group_starts = memory.starts;
-  int warp = threadIdx.x / kWarpSize, experts = p.shape.num_experts;
+  int warp = SmallItems::Warp(), experts = p.shape.num_experts;
   int num_ranks = p.shape.num_ranks, num_local = experts / num_ranks;
-  int num_warps = num_ranks * p.grid.warps;
-  WarpRange range(p, warp / p.grid.warps, warp % p.grid.warps);
-  if (warp >= num_warps) range.end = range.begin;
   int32_t* mine = memory.counters + warp * experts;
 
-  SmallItems items(p, range);
   items.Count(mine);
   __syncthreads();
-  ScanWarps(p, num_warps, memory.counters);
+  ScanWarps(p, num_ranks * p.grid.warps, memory.counters);
   __syncthreads();
   if (warp < num_ranks) {
     LayoutWarp team{memory.totals + warp * num_local, num_local};
@@ -162,7 +178,7 @@ __device__ void PlanByBlock(const PlanParams& given, SmallPlanMemory& memory, Me
     given.arrays.group_starts[local] = memory.starts[local];
   }
   __syncthreads();
-  items.Place(p, range, mine);
+  items.Place(p, mine);
 }
 
 }  // namespace

@@ -16,10 +16,14 @@ __device__ inline bool HasAborted(const GroupView& group) {
 // caches without it.
 
 // Ends the work of all ranks: the first failure of this rank, and no later one, is written to the
-// host, then every rank is told. Later calls see the abort word first and do nothing.
+// host, then every rank is told. Later calls see the abort word first and do nothing. Where another
+// call of this rank is the first, this one's results are poisoned too, told or not yet.
 static __device__ __noinline__ void Fail(const GroupView& group, const Failure& failure) {
   Control* own = group.controls[group.rank];
-  if (atomicExch(&own->has_failed, 1u) != 0) return;
+  if (atomicExch(&own->has_failed, 1u) != 0) {
+    atomicCAS(&own->abort, 0u, 1u + group.rank);
+    return;
+  }
   Failure* host = group.failure;
   host->phase = failure.phase;
   host->rank = group.rank;

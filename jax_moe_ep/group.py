@@ -145,7 +145,7 @@ def _call(
     """The custom call of a group. sizes: num_tokens, top_k, row_bytes, capacity; options: of the op
     alone."""
     num_tokens, top_k, row_bytes, capacity = sizes
-    agreed = (op, [(arg.shape, str(arg.dtype)) for arg in args], capacity, config)
+    agreed = (op, [(arg.shape, str(arg.dtype)) for arg in args], capacity, config, options)
     digest = hashlib.blake2b(repr(agreed).encode(), digest_size=8).digest()
     return jax.ffi.ffi_call(f"jax_moe_ep_group_{op}", result_types)(
         *args,

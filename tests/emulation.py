@@ -92,7 +92,7 @@ class Way:
     num_sms: int = 1  # beyond one the blocks claim; a single one of them runs here, and does all
     odd: int | None = None  # the rank whose calls have other options than the others'
     timeout_s: float = 20
-    faults: tuple = ()  # (rank, (delay in ns, whether it skips, 1 + a rank that gave up or 0))
+    faults: tuple[tuple[int, tuple[int, int, int, int]], ...] = ()  # rank, and what set_fault takes
 
 
 CHANGING = {"x", "dout", "weights"}

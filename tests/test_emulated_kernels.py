@@ -74,7 +74,7 @@ def test_every_rank_waits_for_a_slow_reader(library, tmp_path, is_one_process):
     before it too."""
     case = CASES["four_ranks"]
     ids, x = make_ids("one_rank", case), make_bits(case.R, case.T, case.H, dtype=np.uint32)
-    way = Way(is_one_process, repeats=3, faults=((case.R - 1, (800_000_000, 0, 0)),))
+    way = Way(is_one_process, repeats=3, faults=((case.R - 1, (800_000_000, 0, 0, 0)),))
     out = ruined(*row_shape(case), dtype=np.uint32)
     for call in run(library, tmp_path, case, "dispatch", way, ids=ids, x=x, out=out):
         want = oracle.dispatch(case, call["x"], oracle.plan(case, ids)["slots"])
@@ -271,7 +271,7 @@ def test_nobody_has_results_when_a_rank_takes_no_part(library, tmp_path):
     """Whom nobody told names the rank that it waits for, and the others name it or that rank."""
     odd = 1
     after, failures = gather_with_faults(
-        library, tmp_path, timeout_s=0.5, faults=((odd, (0, 1, 0)),)
+        library, tmp_path, timeout_s=0.5, faults=((odd, (0, 1, 0, 0)),)
     )
     assert_poisoned(after)
     others = np.delete(failures, odd, axis=0)
@@ -282,15 +282,23 @@ def test_nobody_has_results_when_a_rank_takes_no_part(library, tmp_path):
 
 def test_who_takes_no_part_notes_that_a_rank_gave_up(library, tmp_path):
     """Without a wait that would meet it."""
-    faults = tuple((rank, (0, rank == 0, 1 + 2)) for rank in range(3))
+    faults = tuple((rank, (0, rank == 0, 1 + 2, 0)) for rank in range(3))
     after, failures = gather_with_faults(library, tmp_path, faults=faults)
     assert_poisoned(after)
     assert failures[:, [0, 3]].tolist() == [[OF_PEER, 2]] * 3
 
 
+def test_results_are_poisoned_while_another_call_tells_of_its_failure(library, tmp_path):
+    """Its word has not reached this rank, whose own wait ends."""
+    late, telling = (1, (0, 1, 0, 0)), [(rank, (0, 0, 0, 1)) for rank in (0, 2)]
+    after, failures = gather_with_faults(library, tmp_path, timeout_s=0.3, faults=(late, *telling))
+    assert_poisoned(after)
+    assert not failures.any()  # the other call's to write
+
+
 def test_a_delay_before_a_call_changes_nothing(library, tmp_path):
     """Other calls of the rank could run meanwhile: it does not hold the turn."""
-    fault = (1, (50_000_000, 0, 0))
+    fault = (1, (50_000_000, 0, 0, 0))
     after, failures = gather_with_faults(library, tmp_path, repeats=3, timeout_s=4, faults=(fault,))
     assert not failures.any()
     for call in range(3):

@@ -206,6 +206,10 @@ inline int atomicAdd(int32_t* address, int32_t value) {
 inline unsigned atomicExch(uint32_t* address, uint32_t value) {
   return __atomic_exchange_n(address, value, __ATOMIC_SEQ_CST);
 }
+inline unsigned atomicCAS(uint32_t* address, uint32_t expected, uint32_t value) {
+  __atomic_compare_exchange_n(address, &expected, value, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);
+  return expected;
+}
 inline float __uint_as_float(uint32_t bits) {
   float value;
   memcpy(&value, &bits, sizeof(value));

@@ -85,11 +85,18 @@ int64_t half_bytes(const Job* job) {
       .total;
 }
 
-// Before the first call; abort: 1 + a rank that gave up, or 0.
-void set_fault(char* controls, int rank, int64_t delay_ns, uint32_t skips, uint32_t abort) {
+// Before the first call; abort: 1 + a rank that gave up, or 0; has_failed: another call of this
+// rank is telling.
+void set_fault(char* controls,
+               int rank,
+               int64_t delay_ns,
+               uint32_t skips,
+               uint32_t abort,
+               uint32_t has_failed) {
   Control* control = reinterpret_cast<Control*>(controls + rank * control_bytes());
   control->fault = {static_cast<uint64_t>(delay_ns), skips};
   control->abort = abort;
+  control->has_failed = has_failed;
 }
 
 int run(const Job* job) {

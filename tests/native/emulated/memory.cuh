@@ -20,6 +20,7 @@ void Store(T* address, T value) {
 inline uint64_t LoadAcquireSystem(const uint64_t* flag) { return Load(flag); }
 inline uint64_t LoadAcquireDevice(const uint64_t* flag) { return Load(flag); }
 inline uint32_t LoadRelaxedSystem(const uint32_t* flag) { return Load(flag); }
+inline uint64_t LoadRelaxedSystem(const uint64_t* word) { return Load(word); }
 inline void StoreReleaseSystem(uint64_t* flag, uint64_t value) { Store(flag, value); }
 inline void StoreReleaseSystem(uint32_t* flag, uint32_t value) { Store(flag, value); }
 inline void StoreReleaseDevice(uint64_t* flag, uint64_t value) { Store(flag, value); }

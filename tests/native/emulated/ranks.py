@@ -68,9 +68,9 @@ def main():
     num_ranks = static["num_ranks"]
     arrays = {name: share(array) for name, array in given.items()}
     controls = shared(num_ranks * library.control_bytes())
-    for rank, (delay_ns, skips, abort) in faults:
+    for rank, (delay_ns, *flags) in faults:
         address, delay_ns = ctypes.c_void_p(controls.ctypes.data), ctypes.c_int64(delay_ns)
-        library.set_fault(address, rank, delay_ns, skips, abort)
+        library.set_fault(address, rank, delay_ns, *flags)
     launches = [shared(128) for _ in range(num_ranks)]
     failures = [shared(256) for _ in range(num_ranks)]
     probe = Job(**static)
