@@ -244,7 +244,7 @@ def main(
         plot(rows, out / f"{name}.png")
     show(rows, console)
     if ragged is not None:
-        kinds = [False, True] if one_shot is None else [one_shot]
+        kinds = [True, False] if one_shot is None else [one_shot]  # NCCL's may end the process
         for new_rows in measure_ragged(bench, at(points[0]), ragged, kinds):
             record(new_rows)
             console.print(*[f"{r['op']}, {r['form']}: {r['us']:.1f} us" for r in new_rows])

@@ -111,7 +111,7 @@ def stock_layer(
 
 def lone_layer(matmul: GroupedMatmul) -> Layer:
     """Over rows instead of tokens."""
-    return lambda rows, weights, maps: experts(rows, weights, maps.plan.group_sizes, matmul)
+    return lambda rows, weights, sizes: experts(rows, weights, sizes, matmul)
 
 
 def gradients(
@@ -143,7 +143,13 @@ def steps(shape: GroupShape, bench: Bench, matmul: GroupedMatmul) -> dict[str, C
         result[OURS.format(tail)] = gradients(our_layer(config, matmul), lambda i: (i.x, i.ids))
     for name, forms in STOCK.items():
         result[name] = gradients(stock_layer(*forms, matmul), lambda i: (i.x, i.maps))
-    return result | {ALONE: gradients(lone_layer(matmul), lambda i: (i.rows, i.maps))}
+
+    def rows_and_sizes(i: StepInputs) -> tuple[Array, Array]:
+        # Those of the first layer in all of them: other rows are not written.
+        sizes = i.maps.plan.group_sizes
+        return i.rows, jnp.broadcast_to(sizes[:1], sizes.shape)
+
+    return result | {ALONE: gradients(lone_layer(matmul), rows_and_sizes)}
 
 
 def make_inputs(bench: Bench, shape: GroupShape, inner: int, num_layers: int) -> StepInputs:
@@ -238,10 +244,11 @@ def tail_of(form: str) -> str:
 def show(rows: list[Row], console: Console) -> None:
     letters = ("T", "H", "F", "K", "A", "E", "C", "layers", "gemm")
     table = Table(*letters, "form", "us a layer", "us beside the GEMMs")
-    alone = min(r["us"] for r in rows if r["form"] == ALONE)
+    alone = min((r["us"] for r in rows if r["form"] == ALONE), default=None)
     for r in rows:
         cells = [str(r[letter]) for letter in letters]
-        table.add_row(*cells, r["form"], f"{r['us']:.1f}", f"{r['us'] - alone:.1f}")
+        beside = "-" if alone is None else f"{r['us'] - alone:.1f}"
+        table.add_row(*cells, r["form"], f"{r['us']:.1f}", beside)
     console.print(table)
 
 

@@ -60,10 +60,7 @@ __global__ void __launch_bounds__(kInGroup ? kGroupVectorThreads : kVectorThread
       MoveTile(p, items, Tile<kInGroup>(p, item));
     }
     bool is_last = false;
-    if constexpr (kInGroup) {
-      __syncwarp();
-      is_last = CompleteItems(p, epoch, count);
-    }
+    if constexpr (kInGroup) is_last = CompleteItems(p, epoch, count);
     __syncwarp();
     ZeroRowsByWarp(p.plan, p.rows, p.row_bytes, worker, num_workers);
     if (is_last) Finish(p.group, epoch, p.group.is_one_process);

@@ -159,11 +159,7 @@ __global__ void __launch_bounds__(kMoveWarps* kWarpSize, 1)
     ZeroRows zero(p.plan, worker, num_workers);
     int64_t count = MoveItems(p, items, ring, zero, tiles);
     bool is_last = false;
-    if constexpr (kInGroup) {
-      ptx::BulkWaitAll();  // edge 4, for each lane's stores
-      __syncwarp();
-      is_last = CompleteItems(p, epoch, count);
-    }
+    if constexpr (kInGroup) is_last = CompleteItems(p, epoch, count);  // all loads have landed
     for (int64_t row; zero.Next(&row);) {
       BulkZeroRow(p.rows + row * p.row_bytes, p.row_bytes, tiles, p.tile_bytes);
     }

@@ -116,9 +116,10 @@ __device__ void StageX(const DispatchParams& p, uint64_t epoch) {
   });
 }
 
-// When the warp's items are done and their writes visible to lane 0. True for one lane of the
-// launch, which has told the peers and must still Finish.
+// Edge 4. When the warp has read the tokens of its items; their rows may still be written, for this
+// rank alone. True for one lane of the launch, which has told the peers and must still Finish.
 __device__ bool CompleteItems(const DispatchParams& p, uint64_t epoch, int64_t count) {
+  __syncwarp();
   if (threadIdx.x % kWarpSize != 0) return false;
   if (!Complete(&p.group.launch->done, count, NumItems<true>(p))) return false;
   TellConsumed(p.group, epoch);

@@ -123,8 +123,10 @@ __global__ void __launch_bounds__(kSmallThreads)
 }  // namespace
 
 cudaError_t LoadGroupPlan() {
-  cudaFuncAttributes attributes;
-  cudaError_t status = cudaFuncGetAttributes(&attributes, GroupSmallPlanKernel);
+  // As the kernels that run before and after it: an SM is emptied to be divided otherwise.
+  cudaError_t status = cudaFuncSetAttribute(GroupSmallPlanKernel,
+                                            cudaFuncAttributePreferredSharedMemoryCarveout,
+                                            cudaSharedmemCarveoutMaxShared);
   if (status != cudaSuccess) return status;
   if (status = LoadPlan(); status != cudaSuccess) return status;
   return LoadGroupGather();

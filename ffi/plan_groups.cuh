@@ -28,22 +28,27 @@ __device__ int32_t LargestCap(const PlanOptions& options, Rows rows) {
   return m;
 }
 
-// Caps of the rank's experts; if it is this rank, its group arrays and totals. By priority, also
-// what an expert that does not overflow selects (everything), and an empty histogram for the
-// others.
-//
-// A team of threads has `num_items()` experts a thread: local expert `Expert(i)`, -1 for none, with
-// `Demand(i)` assignments. `Sum(value)` is that of value(i) over all experts, to all threads;
-// `ExclusiveSum(value, start, total)` over one i of all threads, in their order.
+// A team of threads has `num_items()` experts of a rank a thread: local expert `Expert(i)`, -1 for
+// none, with `Demand(i)` assignments. `Sum(value)` is that of value(i) over all experts, to all
+// threads; `ExclusiveSum(value, start, total)` over one i of all threads, in their order.
+
+// The most rows that an expert of the team's rank keeps.
 template <typename Team>
-__device__ void LayoutRank(const PlanParams& p, Team& team, int rank) {
-  int num_local = p.shape.num_experts / p.shape.num_ranks;
+__device__ int32_t CapOf(const PlanParams& p, Team& team) {
   int32_t limit = p.options.expert_limit;
   int32_t cap = LargestCap(p.options, [&](int32_t m) {
     return team.Sum(
         [&](int i) { return AlignedRows(p.options, min(team.Demand(i), min(limit, m))); });
   });
-  cap = min(cap, limit);
+  return min(cap, limit);
+}
+
+// Caps of the rank's experts; if it is this rank, its group arrays. By priority, also what an
+// expert that does not overflow selects (everything), and an empty histogram for the others.
+template <typename Team>
+__device__ void LayoutRank(const PlanParams& p, Team& team, int rank) {
+  int num_local = p.shape.num_experts / p.shape.num_ranks;
+  int32_t cap = CapOf(p, team);
   for (int i = 0; i < team.num_items(); ++i) {
     if (team.Expert(i) < 0) continue;
     int expert = rank * num_local + team.Expert(i);
@@ -71,6 +76,12 @@ __device__ void LayoutRank(const PlanParams& p, Team& team, int rank) {
     }
     running += total;
   }
+}
+
+// The team is this rank's.
+template <typename Team>
+__device__ void WriteTotals(const PlanParams& p, Team& team) {
+  int32_t cap = CapOf(p, team);
   int32_t assignments = team.Sum([&](int i) { return team.Demand(i); });
   int32_t dropped = team.Sum([&](int i) { return team.Demand(i) - min(team.Demand(i), cap); });
   int32_t required = team.Sum([&](int i) { return AlignedRows(p.options, team.Demand(i)); });

@@ -167,6 +167,10 @@ __device__ void PlanByBlock(const PlanParams& given,
   } else if (threadIdx.x == kSmallThreads - 1) {
     meanwhile();
   }
+  if (warp == num_ranks % kSmallWarps) {  // one that is free, if there is one
+    LayoutWarp team{memory.totals + p.shape.rank * num_local, num_local};
+    WriteTotals(p, team);
+  }
   __syncthreads();
   for (int source = 0; source < num_ranks; ++source) {
     const int32_t* before = memory.counters + source * p.grid.warps * experts;

@@ -95,7 +95,7 @@ def test_a_wrong_ragged_all_to_all_leaves_no_row(monkeypatch):
 
 
 def test_both_kinds_of_ragged_are_measured_one_by_one(monkeypatch):
-    """NCCL's before XLA's own kernel, each compiled with its setting."""
+    """Each compiled with its setting."""
     stepped = {
         op: {name: functools.partial(form, transport=emulated) for name, form in forms.items()}
         for op, forms in stock.RAGGED.items()
