@@ -41,9 +41,10 @@ def test_executions_of_a_profile():
         ("Stream #2", [(25, 20), (5001, 1), (11000, 500)]),
         ("XLA Ops", [(0, 9000)]),
     )
-    executions = timing._executions(gpu)
+    executions = timing._executions(gpu, 2e6)
     assert [timing.span_ns(e) for e in executions] == [45e3, 7e6]
     assert [timing.busy_ns(e) for e in executions] == [35e3, 7e6]
+    assert len(timing._executions(gpu, 5e6)) == 1
 
 
 def profiled(monkeypatch, *profiles):
@@ -66,9 +67,11 @@ def profiled(monkeypatch, *profiles):
     return timing.program_times_us([(lambda x: x, (arrays,))] * 2)
 
 
-def profile(*durations):
-    """Of one GPU for each list of durations, in microseconds, every 5 ms."""
-    gpus = [plane(("Stream #7", [(5000 * i, d) for i, d in enumerate(each)])) for each in durations]
+def profile(*durations, every=5000):
+    """Of one GPU for each list of durations, in microseconds as `every`."""
+    gpus = [
+        plane(("Stream #7", [(every * i, d) for i, d in enumerate(each)])) for each in durations
+    ]
     for i, each in enumerate(gpus):
         each.name = f"/device:GPU:{i}"
     return gpus
@@ -83,14 +86,20 @@ def test_the_slowest_gpu_counts(monkeypatch):
     assert len(first) == n
 
 
-def test_a_profile_with_a_divided_execution_is_made_again(monkeypatch):
+def test_a_profile_with_a_divided_execution_is_made_again_with_longer_gaps(monkeypatch):
     n = timing.NUM_REPEATS
-    divided, whole = profile([10] * (2 * n + 1), [10] * 2 * n), profile([7] * 2 * n, [8] * 2 * n)
-    assert profiled(monkeypatch, divided, whole) == [pytest.approx([8] * n)] * 2
+    divided = profile([10] * (2 * n + 1), [10] * 2 * n)
+    whole = profile([7] * 2 * n, [8] * 2 * n, every=50_000)
+    for gpu in whole:  # hesitates for 10 ms after 1 us of the third
+        (stream,) = gpu.lines
+        stream.events.insert(2, types.SimpleNamespace(start_ns=90e6, duration_ns=1e3))
+    first, second = profiled(monkeypatch, divided, whole)
+    assert first[2] == pytest.approx(10e3 + 8)
+    assert first[:2] + first[3:] + second == pytest.approx([8] * (2 * n - 1))
 
 
 def test_profiles_without_a_gpu_are_refused(monkeypatch):
-    only = profile([10] * 2 * timing.NUM_REPEATS)
+    only = profile([10] * 2 * timing.NUM_REPEATS, every=50_000)
     with pytest.raises(RuntimeError, match=r"40 executions on each of 2 GPUs, .* has \[40\]"):
         profiled(monkeypatch, only, only)
 

@@ -78,7 +78,7 @@ def test_groups_of_any_size(group_sizes, num_rows, inner, columns, dtype):
 
 
 @pytest.mark.skipif(not ON_GPUS, reason="needs a CUDA GPU")
-def test_gradients_of_a_large_model_repeat_and_are_right():
+def test_gradients_of_a_large_model():
     """tokamax's gradient of the weights was wrong here: more blocks than fit at once."""
     group_sizes = [1024 - 24 * i + 200 * (i % 3) for i in range(16)]
     assert_like_each_group_alone(group_sizes, sum(group_sizes) + 1000, 4096, 2048)
