@@ -130,7 +130,7 @@ struct RegionLayout {
   int64_t landing = 0;   // [R - 1, T, row_bytes] partials of the peers
   int64_t weights = 0;   // [R, T, K] fp32 weights of all ranks
   int64_t dweights = 0;  // [T, K] fp32 weight gradients of this rank
-  int64_t gathered = 0;  // [R, T, row_bytes] what all ranks gave to gather or plan
+  int64_t gathered = 0;  // [R, T, row_bytes] what all ranks gave to gather or plan of many
   int64_t total = 0;
 
   RegionLayout() = default;

@@ -40,7 +40,7 @@ ffi::Error InitializeImpl(CommunicatorContext context,
   return InitializeGroup(context, site, attributes);
 }
 
-// ids and priority of this rank; those of all ranks, then the plan.
+// ids and priority of this rank; those of all ranks, undefined if they are few, then the plan.
 ffi::Error PlanImpl(cudaStream_t stream,
                     CommunicatorContext context,
                     CallSite* site,

@@ -7,7 +7,7 @@ namespace {
 
 // Few ids cross a word each, the expert with a tag of the call above it: who reads one needs no
 // flag, nor a fence before it. A word holds the tag of its call alone, as every call has another:
-// those of a signature count on from where its hash says.
+// those of a signature count on from where its hash says, modulo 2^53.
 constexpr int kExpertBits = 11;
 constexpr uint64_t kExpertMask = (uint64_t{1} << kExpertBits) - 1;
 static_assert(kSmallExperts <= kExpertMask, "an expert + 1, or 0 for none");
@@ -123,10 +123,13 @@ __global__ void __launch_bounds__(kSmallThreads)
 }  // namespace
 
 cudaError_t LoadGroupPlan() {
+  cudaFuncAttributes attributes;
+  cudaError_t status = cudaFuncGetAttributes(&attributes, GroupSmallPlanKernel);
+  if (status != cudaSuccess) return status;
   // As the kernels that run before and after it: an SM is emptied to be divided otherwise.
-  cudaError_t status = cudaFuncSetAttribute(GroupSmallPlanKernel,
-                                            cudaFuncAttributePreferredSharedMemoryCarveout,
-                                            cudaSharedmemCarveoutMaxShared);
+  status = cudaFuncSetAttribute(GroupSmallPlanKernel,
+                                cudaFuncAttributePreferredSharedMemoryCarveout,
+                                cudaSharedmemCarveoutMaxShared);
   if (status != cudaSuccess) return status;
   if (status = LoadPlan(); status != cudaSuccess) return status;
   return LoadGroupGather();

@@ -11,7 +11,8 @@ namespace jax_moe_ep {
 // With those of LoadPlan and LoadGroupGather.
 cudaError_t LoadGroupPlan();
 
-// gathered: ids, with priorities by priority; what the plan's arrays have is their result.
+// gathered: ids, with priorities by priority; their results, which plan of few leaves unwritten,
+// are the ids and priorities of the plan's arrays.
 cudaError_t LaunchGroupPlan(const GroupView& group,
                             const RegionLayout& layout,
                             const GatherArrays& gathered,

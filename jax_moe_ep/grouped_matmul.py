@@ -29,7 +29,8 @@ def grouped_matmul(
     """The rows of each group times its weights; rows behind the groups are undefined.
 
     On CUDA tokamax's, elsewhere lax.ragged_dot. Differentiable in rows and weights; in the
-    gradient of rows, those behind the groups are undefined too.
+    gradient of rows, those behind the groups are undefined too. Rows that are not finite may make
+    the gradient of the next groups' weights NaN as well.
     """
     cuda, default = _backends()
     return lax.platform_dependent(
@@ -60,6 +61,7 @@ def _backends() -> tuple[_Backend, _Backend]:
     """For CUDA and for other platforms."""
     default = _differentiated(lax.ragged_dot)
     if importlib.util.find_spec("tokamax") is not None:
+        # Of the device that tokamax too chooses its kernel by.
         is_hopper = getattr(backend.get_default_device(), "compute_capability", "").startswith("9.")
         return _HOPPER if is_hopper else _differentiated(_tokamax_ragged_dot), default
     missing = refused(
@@ -106,7 +108,7 @@ _HOPPER = _Backend(_tokamax_ragged_dot, _hopper_gradients)
 def _transposed_ragged_dot(
     rows: Float[Array, "C M"], dout: Float[Array, "C N"], group_sizes: Int32[Array, "L"]
 ) -> Float[Array, "L M N"]:
-    """Of each group, the transposed rows times dout. All rows are finite."""
+    """Of each group, the transposed rows times dout. No tail that is not finite."""
     # Imports JAX's test utilities, and so absl, which comes with tokamax.
     from jax.experimental.pallas.ops.gpu import transposed_ragged_dot_mgpu as kernels
 

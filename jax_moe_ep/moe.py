@@ -35,8 +35,10 @@ def moe_mlp(
 
     For every token: sum over k of w[k] * (act(x @ gate) * (x @ up)) @ down of expert topk_idx[k],
     where gate and up are the two halves of w_gate_up[e]. On CUDA the experts run through
-    `tokamax.ragged_dot`, elsewhere through `jax.lax.ragged_dot`. For bf16 and fp16 its kernels want
-    C, H and F to be multiples of 64: on CUDA, arrays with others are copied, padded with zeros.
+    `tokamax.ragged_dot`, elsewhere through `jax.lax.ragged_dot`; on Hopper the gradient of expert
+    weights in bf16 and fp16 is `transposed_ragged_dot` of jax.experimental.pallas. For these dtypes
+    the kernels want C, H and F to be multiples of 64: on CUDA, arrays with others are copied,
+    padded with zeros.
 
     Args:
       x: [..., H] tokens; the first dimension is sharded over token_axes.

@@ -2,6 +2,7 @@
 
 import sys
 import types
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -134,11 +135,15 @@ def hopper_transposed_ragged_dot(
 
 @pytest.fixture
 def hopper(monkeypatch):
-    """These kernels on all platforms."""
-    tokamax = types.SimpleNamespace(ragged_dot=hopper_ragged_dot)
+    """These kernels on all platforms, as mocks."""
+    jax.clear_caches()  # of the same shapes, traced with other kernels
+    kernels = mock.Mock(wraps=hopper_ragged_dot), mock.Mock(wraps=hopper_transposed_ragged_dot)
+    tokamax = types.SimpleNamespace(ragged_dot=kernels[0])
     monkeypatch.setitem(sys.modules, "tokamax", tokamax)
-    monkeypatch.setattr(hopper_kernels, "transposed_ragged_dot", hopper_transposed_ragged_dot)
+    monkeypatch.setattr(hopper_kernels, "transposed_ragged_dot", kernels[1])
     monkeypatch.setattr(module, "_backends", lambda: (module._HOPPER, module._HOPPER))
+    yield kernels
+    jax.clear_caches()
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
@@ -150,6 +155,19 @@ def test_the_kernels_of_hopper_get_whole_tiles_and_no_tail(
     hopper, group_sizes, num_rows, inner, columns, dtype
 ):
     assert_like_each_group_alone(group_sizes, num_rows, inner, columns, dtype)
+    assert all(kernel.called for kernel in hopper)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize(("inner", "columns"), [(192, 256), (100, 64)])
+def test_the_real_kernel_takes_the_call(monkeypatch, inner, columns, dtype):
+    """Lowered for a GPU, not compiled: the kernel is JAX's, and experimental."""
+    monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(core_count=132)])
+    rows, _, group_sizes, dout = make_inputs([60, 4], 64, inner, columns, dtype)
+    traced = jax.jit(module._transposed_ragged_dot).trace(rows, dout, group_sizes)
+    assert traced.out_info.shape == (2, inner, columns)
+    assert traced.out_info.dtype == dtype
+    assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
 class Device:
