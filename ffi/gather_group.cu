@@ -102,14 +102,8 @@ __device__ void GatherByClaims(const GatherParams<Unit>& p, uint64_t epoch) {
   }
 }
 
-// The first chunk that a warp of a block alone pushes: loaded before the call begins.
-template <typename Unit>
-__device__ Chunk<Unit> FirstChunk(const GatherParams<Unit>& p) {
-  return Chunk<Unit>::Loaded(p, threadIdx.x / kWarpSize);
-}
-
 // The same by one block alone: its warps all run, so they share the work by number and claim
-// nothing. True for one thread, which must still tell the peers.
+// nothing. piece: the warp's first. True for one thread, which must still tell the peers.
 template <typename Unit>
 __device__ bool GatherByBlock(const GatherParams<Unit>& p, uint64_t epoch, Chunk<Unit> piece) {
   int warp = threadIdx.x / kWarpSize;
@@ -138,7 +132,8 @@ template <typename Unit, bool kIsAlone>
 __global__ void __launch_bounds__(kThreads)
     GroupGatherKernel(const __grid_constant__ GatherParams<Unit> p) {
   __shared__ uint64_t epoch;
-  Chunk<Unit> first = FirstChunk(p);
+  // What a warp of a block alone pushes first, loaded before the call begins.
+  Chunk<Unit> first = Chunk<Unit>::Loaded(p, threadIdx.x / kWarpSize);
   if (threadIdx.x == 0) epoch = Begin(p.group, true, nullptr);
   __syncthreads();
   if (epoch != kAborted) {

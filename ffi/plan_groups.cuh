@@ -44,9 +44,10 @@ __device__ int32_t CapOf(const PlanParams& p, Team& team) {
 }
 
 // Caps of the rank's experts; if it is this rank, its group arrays. By priority, also what an
-// expert that does not overflow selects (everything), and an empty histogram for the others.
-template <typename Team>
-__device__ void LayoutRank(const PlanParams& p, Team& team, int rank) {
+// expert that does not overflow selects (everything), and an empty histogram for the others. This
+// rank's team then calls then(cap).
+template <typename Team, typename Then>
+__device__ void LayoutRank(const PlanParams& p, Team& team, int rank, Then then) {
   int num_local = p.shape.num_experts / p.shape.num_ranks;
   int32_t cap = CapOf(p, team);
   for (int i = 0; i < team.num_items(); ++i) {
@@ -76,12 +77,12 @@ __device__ void LayoutRank(const PlanParams& p, Team& team, int rank) {
     }
     running += total;
   }
+  then(cap);
 }
 
-// The team is this rank's.
+// The team and its cap are this rank's.
 template <typename Team>
-__device__ void WriteTotals(const PlanParams& p, Team& team) {
-  int32_t cap = CapOf(p, team);
+__device__ void WriteTotals(const PlanParams& p, Team& team, int32_t cap) {
   int32_t assignments = team.Sum([&](int i) { return team.Demand(i); });
   int32_t dropped = team.Sum([&](int i) { return team.Demand(i) - min(team.Demand(i), cap); });
   int32_t required = team.Sum([&](int i) { return AlignedRows(p.options, team.Demand(i)); });

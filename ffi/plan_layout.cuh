@@ -65,8 +65,7 @@ __global__ void __launch_bounds__(kLayoutThreads)
   __shared__ LayoutBlock::Storage storage;
   int num_local = p.shape.num_experts / p.shape.num_ranks;
   LayoutBlock block(storage, p.totals + blockIdx.x * num_local, num_local);
-  LayoutRank(p, block, blockIdx.x);
-  if (blockIdx.x == p.shape.rank) WriteTotals(p, block);
+  LayoutRank(p, block, blockIdx.x, [&](int32_t cap) { WriteTotals(p, block, cap); });
 }
 
 }  // namespace

@@ -163,13 +163,13 @@ __device__ void PlanByBlock(const PlanParams& given,
   __syncthreads();
   if (warp < num_ranks) {
     LayoutWarp team{memory.totals + warp * num_local, num_local};
-    LayoutRank(p, team, warp);
+    LayoutRank(p, team, warp, [](int32_t) {});
   } else if (threadIdx.x == kSmallThreads - 1) {
     meanwhile();
   }
   if (warp == num_ranks % kSmallWarps) {  // one that is free, if there is one
     LayoutWarp team{memory.totals + p.shape.rank * num_local, num_local};
-    WriteTotals(p, team);
+    WriteTotals(p, team, CapOf(p, team));
   }
   __syncthreads();
   for (int source = 0; source < num_ranks; ++source) {
