@@ -12,7 +12,7 @@ process a GPU. There P is not measured: give the P_GBps of a run in one process 
 --ragged SECONDS adds lax.ragged_all_to_all, by NCCL and by XLA's one-shot kernel, which is its
 default. Each program is compiled with its own setting, so one run measures both. They come last
 and each result is written at once, because a hang ends the process; then --ragged-only with
---one-shot or --no-one-shot measures one of them.
+--one-shot or --no-one-shot measures one of them, and --ragged-first 2 what comes after two forms.
 """
 
 import dataclasses
@@ -151,22 +151,25 @@ def check_gradients(bench: Bench, inputs: Inputs) -> None:
 
 
 def measure_ragged(
-    bench: Bench, shape: GroupShape, timeout_s: float, one_shot: Sequence[bool]
+    bench: Bench, shape: GroupShape, timeout_s: float, one_shot: Sequence[bool], first: int = 0
 ) -> Iterator[list[Row]]:
-    """A row at a time. The process ends if one takes longer: nothing else stops a program on a
-    GPU."""
+    """A row at a time, from the first on. The process ends if one takes longer: nothing else stops
+    a program on a GPU."""
     inputs, _, _ = make_inputs(bench, shape, with_stock=True)
-    for is_one_shot in one_shot:
+    for is_one_shot, op, name in ragged_forms(one_shot)[first:]:
+        faulthandler.dump_traceback_later(timeout_s, exit=True)
         suffix = "one-shot" if is_one_shot else "NCCL"
-        for op, forms in stock.RAGGED.items():
-            for name, form in forms.items():
-                faulthandler.dump_traceback_later(timeout_s, exit=True)
-                named = {op: {f"{name}, {suffix}": form}}
-                xla: XlaOptions = {ONE_SHOT: is_one_shot, ALLOW_NCCL: not is_one_shot}
-                programs = stock_programs(bench, named, inputs, len(inputs), xla)
-                us = bench.us(programs) if programs else {}
-                faulthandler.cancel_dump_traceback_later()
-                yield [make_row(shape, *key, us[key], {}) for key in us]
+        named = {op: {f"{name}, {suffix}": stock.RAGGED[op][name]}}
+        xla: XlaOptions = {ONE_SHOT: is_one_shot, ALLOW_NCCL: not is_one_shot}
+        programs = stock_programs(bench, named, inputs, len(inputs), xla)
+        us = bench.us(programs) if programs else {}
+        faulthandler.cancel_dump_traceback_later()
+        yield [make_row(shape, *key, us[key], {}) for key in us]
+
+
+def ragged_forms(one_shot: Sequence[bool]) -> list[tuple[bool, str, str]]:
+    """By which transport, the op and the name."""
+    return [(by, op, name) for by in one_shot for op in stock.RAGGED for name in stock.RAGGED[op]]
 
 
 def forms_of(shape: GroupShape) -> list[str]:
@@ -208,6 +211,9 @@ def main(
         bool | None,
         typer.Option("--one-shot/--no-one-shot", help="One kind of ragged_all_to_all only."),
     ] = None,
+    ragged_first: Annotated[
+        int, typer.Option(help="The ragged form to begin with: those before it ended the process.")
+    ] = 0,
 ) -> None:
     join_processes()
     if jax.process_count() > 1 and ranks not in (None, jax.device_count()):
@@ -245,7 +251,7 @@ def main(
     show(rows, console)
     if ragged is not None:
         kinds = [True, False] if one_shot is None else [one_shot]  # NCCL's may end the process
-        for new_rows in measure_ragged(bench, at(points[0]), ragged, kinds):
+        for new_rows in measure_ragged(bench, at(points[0]), ragged, kinds, ragged_first):
             record(new_rows)
             console.print(*[f"{r['op']}, {r['form']}: {r['us']:.1f} us" for r in new_rows])
     console.print(out / f"{name}.json")

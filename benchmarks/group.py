@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jax_moe_ep as ep
+from benchmarks.peer_copies import peer_copies_us, wall_peer_copies_us
 from benchmarks.shapes import GroupShape
 from benchmarks.stock import AXIS, StockPlan, stock_plan
 from benchmarks.timing import program_times_us, wall_times_us
@@ -53,16 +54,18 @@ class Program(NamedTuple):
 class Bench:
     """Where and how everything is measured.
 
-    times: program_times_us, or wall_times_us to try the benchmark out.
+    times, peer_copies: program_times_us and peer_copies_us, or those of the host's clock, to try
+        the benchmark out.
     peer_gbps: GB/s of a peer copy, if it is known from elsewhere.
     """
 
     mesh: Mesh
     implementation: Any = "cuda"
     times: Callable[..., list[list[float]]] = program_times_us
+    peer_copies: Callable[..., float] = peer_copies_us
+    peer_gbps: float | None = None
     most_calls: int = MOST_CALLS
     num_iterations: int = NUM_ITERATIONS
-    peer_gbps: float | None = None
 
     def config(self, shape: GroupShape) -> ep.EpConfig:
         more = {"timeout_s": TIMEOUT_S} if self.implementation == "cuda" else {}
@@ -110,7 +113,8 @@ def make_bench(ranks: int | None, wall: bool, peer_gbps: float | None = None) ->
     """On so many devices, or all; wall: a dry run on any, by the reference and the host's clock."""
     mesh = Mesh(np.array(jax.devices()[:ranks]), (AXIS,))
     if wall:
-        return Bench(mesh, "reference", wall_times_us, most_calls=2, peer_gbps=peer_gbps)
+        host = wall_times_us, wall_peer_copies_us
+        return Bench(mesh, "reference", *host, peer_gbps=peer_gbps, most_calls=2)
     return Bench(mesh, peer_gbps=peer_gbps)
 
 

@@ -14,12 +14,8 @@ from jax.sharding import PartitionSpec as P
 from benchmarks.group import Bench
 from benchmarks.shapes import GroupShape, most_of_a_rank, traffic
 from benchmarks.stock import AXIS
-from benchmarks.timing import busy_ns
 
-NUM_PEER_COPIES = 8
 LIMITED = ("dispatch", "combine", "combine_backward")
-
-Pairs = list[tuple[int, int]]  # (source, target)
 
 
 def copy_rate(bench: Bench, num_bytes: float = 1e9) -> float:
@@ -33,48 +29,9 @@ def copy_rate(bench: Bench, num_bytes: float = 1e9) -> float:
     return num_bytes * len(arrays) / statistics.median(times)
 
 
-def copy_orders(num_ranks: int) -> list[list[Pairs]]:
-    """The ways to start the copies of all pairs, each a list of those that start together: a turn
-    for each distance of the ranks, in which nobody is sent to twice; or all of them at once."""
-    turns = [
-        [(source, (source + distance) % num_ranks) for source in range(num_ranks)]
-        for distance in range(1, num_ranks)
-    ]
-    at_once = [pair for turn in turns for pair in turn]
-    return [turns] if num_ranks == 2 else [turns, [at_once]]
-
-
 @functools.cache
 def peer_copy_us(bench: Bench, remote: tuple[tuple[int, ...], ...]) -> float:
-    """Every rank's bytes to all others at once, by the copy engines, in the faster order.
-
-    Several copies follow each other, so that those of all directions run together; the time is
-    that in which at least one runs on the slowest GPU, without what the host takes to start them.
-    """
-    devices = list(bench.mesh.devices.flat)
-    orders = copy_orders(len(devices))
-    sources = [
-        {
-            # No bytes would leave no trace.
-            (source, target): jax.device_put(
-                jnp.full(max(remote[source][target], 16), i, jnp.uint8), devices[source]
-            )
-            for pairs in orders[0]
-            for source, target in pairs
-        }
-        for i in range(NUM_PEER_COPIES)
-    ]
-
-    def copy(order: list[Pairs], sources: list[dict[tuple[int, int], jax.Array]]) -> Any:
-        return [
-            jax.device_put([each[pair] for pair in pairs], [devices[target] for _, target in pairs])
-            for each in sources
-            for pairs in order
-        ]
-
-    calls = [(functools.partial(copy, order), (sources,)) for order in orders]
-    times = bench.times(calls, duration=busy_ns)
-    return min(map(statistics.median, times)) / NUM_PEER_COPIES
+    return bench.peer_copies(list(bench.mesh.devices.flat), remote)
 
 
 def peer_us(bench: Bench, remote: np.ndarray) -> float | None:
@@ -122,7 +79,7 @@ def describe_limits(
     how = "every rank's copies to all others by the copy engines in this run; rows without P_us: "
     how += "it failed"
     if jax.process_count() > 1:
-        how = "left out: device_put cannot copy between processes"
+        how = "left out: only one process can copy to all GPUs"
     if bench.peer_gbps is not None:
         how = f"remote_bytes at {bench.peer_gbps} GB/s, given with --peer-gbps"
     rates = [row["remote_bytes"] / row["P_us"] * 1e-3 for row in rows if "P_us" in row]

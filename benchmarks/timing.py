@@ -47,21 +47,10 @@ def span_ns(events: Sequence[Span]) -> float:
     return max(end for _, end in events) - min(start for start, _ in events)
 
 
-def busy_ns(events: Sequence[Span]) -> float:
-    """Time in which at least one of the events runs."""
-    total, last_end = 0.0, 0.0
-    for start, end in sorted(events):
-        total += max(end - max(start, last_end), 0.0)
-        last_end = max(last_end, end)
-    return total
-
-
-def program_times_us(
-    calls: Sequence[Call], duration: Callable[[Sequence[Span]], float] = span_ns
-) -> list[list[float]]:
+def program_times_us(calls: Sequence[Call]) -> list[list[float]]:
     """Microseconds of device time of each of NUM_REPEATS executions of every call; with several
-    GPUs, the slowest one's, of all processes. `duration` is that of one execution's events on one
-    GPU. One profile holds them all: to start and end one takes longer than most programs."""
+    GPUs, the slowest one's, of all processes. One profile holds them all: to start and end one
+    takes longer than most programs."""
     for program, args in calls:
         for _ in range(NUM_WARMUPS):
             jax.block_until_ready(program(*args))
@@ -73,7 +62,7 @@ def program_times_us(
         found = [len(executions) for executions in by_device]
         slowest = [np.nan] * num_executions
         if found == [num_executions] * num_devices:
-            slowest = [max(map(duration, each)) * 1e-3 for each in zip(*by_device, strict=True)]
+            slowest = [max(map(span_ns, each)) * 1e-3 for each in zip(*by_device, strict=True)]
         slowest = _largest_of_processes(slowest)
         if not np.isnan(slowest).any():
             return slowest.reshape(len(calls), NUM_REPEATS).tolist()
@@ -100,7 +89,7 @@ def _profile(calls: Sequence[Call], gap_ns: float) -> list[list[list[Span]]]:
     return [executions for executions in by_device if executions]
 
 
-def wall_times_us(calls: Sequence[Call], **_: Any) -> list[list[float]]:
+def wall_times_us(calls: Sequence[Call]) -> list[list[float]]:
     """The host's time of a few executions: to try a benchmark out without a GPU."""
     return [_wall_times_us(program, args) for program, args in calls]
 

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from benchmarks import group, stock, timing
+from benchmarks import group, peer_copies, stock, timing
 from benchmarks.shapes import GroupShape
 
 DEVICES = jax.devices("cpu")  # also beside GPUs: what is tested is not the kernels
@@ -18,7 +18,8 @@ TINY = GroupShape(T=5, H=8, K=2, A=4, E=8, capacity="worst")
 def tiny_bench(num_ranks=2):
     """Of the reference; `times` is given by the tests that need it."""
     mesh = Mesh(np.array(DEVICES[:num_ranks]), (stock.AXIS,))
-    return group.Bench(mesh, "reference", timing.wall_times_us, 2, 4)
+    host = timing.wall_times_us, peer_copies.wall_peer_copies_us
+    return group.Bench(mesh, "reference", *host, most_calls=2, num_iterations=4)
 
 
 @functools.cache

@@ -114,6 +114,8 @@ def test_both_kinds_of_ragged_are_measured_one_by_one(monkeypatch):
     expected = [(op, f"{name}, {kind}") for kind in ("NCCL", "one-shot") for op, name in names]
     assert [(row["op"], row["form"]) for (row,) in found] == expected
     assert settings == [False] * 2 * len(names) + [True] * 2 * len(names)
+    found = list(benchmark.measure_ragged(tiny_bench(), TINY, 60, [False, True], 3))
+    assert [(row["op"], row["form"]) for (row,) in found] == expected[3:]
 
 
 @pytest.mark.parametrize(("form", "wrong"), [("gathered", "dweights"), ("scattered", "dx")])

@@ -34,7 +34,7 @@ def test_executions_of_a_profile():
     """Two executions on two streams: 0-10, 20-30, 25-45 and 28-32; 5 ms later 5000-12000, in which
     5001-5002 and 11000-11500 lie.
 
-    From start to end they take 45 and 7000; the first is busy for 10 + 25.
+    From start to end they take 45 and 7000.
     """
     gpu = plane(
         ("Stream #1", [(20, 10), (0, 10), (28, 4), (5000, 7000)]),
@@ -43,7 +43,6 @@ def test_executions_of_a_profile():
     )
     executions = timing._executions(gpu, 2e6)
     assert [timing.span_ns(e) for e in executions] == [45e3, 7e6]
-    assert [timing.busy_ns(e) for e in executions] == [35e3, 7e6]
     assert len(timing._executions(gpu, 5e6)) == 1
 
 
@@ -118,56 +117,17 @@ def test_processes_start_together(monkeypatch):
 # Limits.
 
 
-def test_peer_copies_move_every_pairs_bytes():
-    """48 and 80 bytes, several times, all pairs together; nothing at all is 16 bytes."""
+def test_p_is_measured_once_for_the_same_bytes():
     seen = []
 
-    def times(calls, duration):
-        assert duration is timing.busy_ns
-        ((program, (sources,)),) = calls
-        for given, copies in zip(sources, program(sources), strict=True):
-            for source, copied in zip(given.values(), copies, strict=True):
-                (start,), (end,) = source.devices(), copied.devices()
-                seen.append((start.id, end.id, copied.nbytes))
-        return [[8.0 * limits.NUM_PEER_COPIES]]
+    def copies(devices, remote):
+        seen.append((devices, remote))
+        return 8.0
 
-    bench = dataclasses.replace(tiny_bench(), times=times)
-    a, b = (device.id for device in bench.mesh.devices.flat)
-    assert limits.peer_us(bench, np.array([[0, 48], [80, 0]])) == 8
-    assert seen == [(a, b, 48), (b, a, 80)] * limits.NUM_PEER_COPIES
-    assert limits.peer_us(bench, np.array([[0, 48], [80, 0]])) == 8
-    assert len(seen) == 2 * limits.NUM_PEER_COPIES, "measured twice"
-    seen.clear()
-    assert limits.peer_us(bench, np.array([[0, 0], [80, 0]])) == 8
-    assert set(seen) == {(a, b, 16), (b, a, 80)}
-
-
-def test_peer_copies_of_four_ranks():
-    """To all three peers at once, or to each in a turn in which every rank sends and receives one
-    copy; the faster way counts."""
-    devices = {device: rank for rank, device in enumerate(DEVICES[:4])}
-    remote = 16 * np.arange(1, 17).reshape(4, 4) * (1 - np.eye(4, dtype=int))
-    pairs = {(a, b) for a in range(4) for b in range(4) if a != b}
-
-    def times(calls, duration):
-        for (program, (sources,)), size in zip(calls, (4, 12), strict=True):
-            together = program(sources)
-            assert len(together) == limits.NUM_PEER_COPIES * 12 / size
-            for i in range(0, len(together), 12 // size):
-                seen = [
-                    (*divmod(copied.nbytes // 16 - 1, 4), devices[copied.device])
-                    for copies in together[i : i + 12 // size]
-                    for copied in copies
-                ]
-                assert {(source, target) for source, target, _ in seen} == pairs
-                assert len(seen) == 12
-                assert all(target == there for _, target, there in seen)
-            if size == 4:
-                assert all(len({c.device for c in copies}) == 4 for copies in together)
-        return [[8.0 * limits.NUM_PEER_COPIES], [7.0 * limits.NUM_PEER_COPIES]]
-
-    bench = dataclasses.replace(tiny_bench(4), times=times)
-    assert limits.peer_us(bench, remote) == 7
+    bench = dataclasses.replace(tiny_bench(), peer_copies=copies)
+    for _ in range(2):
+        assert limits.peer_us(bench, np.array([[0, 48], [80, 0]])) == 8
+    assert seen == [(list(bench.mesh.devices.flat), ((0, 48), (80, 0)))]
 
 
 def test_limits_by_hand():
@@ -185,14 +145,14 @@ def test_limits_by_hand():
 
 
 def test_without_p_there_is_no_m(capsys):
-    def times(*args, **options):
-        raise RuntimeError("no profile")
+    def copies(*args):
+        raise RuntimeError("no copy engine")
 
     shape, ids = routing_by_hand()
-    bench = dataclasses.replace(tiny_bench(), times=times)
+    bench = dataclasses.replace(tiny_bench(), peer_copies=copies)
     limit = limits.limits(bench, shape, ids, bytes_per_us=10)
     assert limit["dispatch"] == {"local_bytes": 240, "remote_bytes": 16, "routed_bytes": 48}
-    assert "P is left out: no profile" in capsys.readouterr().err
+    assert "P is left out: no copy engine" in capsys.readouterr().err
     row = report.make_row(shape, "dispatch", "", 5.0, limit["dispatch"])
     assert "ratio" not in row
 

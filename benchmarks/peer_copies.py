@@ -1,0 +1,105 @@
+"""Copies between the GPUs of this process by the copy engines, each started by the GPU that sends.
+
+That is the faster side: of four H200s each sent 370 GB/s to the others and fetched 200. JAX's
+device_put leaves no choice, and reached 250.
+"""
+
+import statistics
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+NUM_COPIES = 8  # of each pair, one after the other, so that those of all pairs run together
+NUM_REPEATS = 20
+LEAST_BYTES = 16  # of a pair, though it has none
+
+Remote = Sequence[Sequence[int]]  # bytes from each GPU to each
+
+
+def peer_copies_us(devices: Sequence[jax.Device], remote: Remote) -> float:
+    """Microseconds in which all send to all others at once; of the slowest, median of some runs."""
+    try:
+        from cuda.bindings import runtime
+    except ImportError:
+        raise RuntimeError(
+            "copies are started through NVIDIA's cuda-bindings: pip install 'cuda-bindings==13.*' "
+            "for cuda13 and 12.* for cuda12"
+        ) from None
+    num_ranks = len(devices)
+    senders = [
+        Sender(
+            runtime,
+            device,
+            [
+                (devices[peer], max(int(remote[rank][peer]), LEAST_BYTES))
+                for peer in ((rank + distance) % num_ranks for distance in range(1, num_ranks))
+            ],
+        )
+        for rank, device in enumerate(devices)
+    ]
+    times = []
+    for _ in range(1 + NUM_REPEATS):
+        for sender in senders:
+            sender.start()
+        times.append(max([sender.elapsed_us() for sender in senders]))
+    return statistics.median(times[1:]) / NUM_COPIES
+
+
+def wall_peer_copies_us(devices: Sequence[jax.Device], remote: Remote) -> float:
+    """The host's time of one copy for each pair: to try a benchmark out without a GPU."""
+    pairs = [(a, b) for a in range(len(devices)) for b in range(len(devices)) if a != b]
+    sources = [_filled(devices[a], max(int(remote[a][b]), LEAST_BYTES)) for a, b in pairs]
+    start = time.perf_counter()
+    jax.block_until_ready(jax.device_put(sources, [devices[b] for _, b in pairs]))
+    return (time.perf_counter() - start) * 1e6
+
+
+class Sender:
+    """One GPU, a stream for each GPU it sends to, and the memory of both."""
+
+    def __init__(
+        self, runtime: Any, device: jax.Device, targets: Sequence[tuple[jax.Device, int]]
+    ) -> None:
+        self.runtime = runtime
+        self.ordinal = device.local_hardware_id
+        self.copies = [(_filled(device, size), _filled(peer, size)) for peer, size in targets]
+        self.call("cudaSetDevice", self.ordinal)
+        self.streams = [self.call("cudaStreamCreate") for _ in targets]
+        self.begin, self.end, *self.done = [
+            self.call("cudaEventCreate") for _ in range(2 + len(targets))
+        ]
+
+    def call(self, name: str, *args: Any) -> Any:
+        error, *result = getattr(self.runtime, name)(*args)
+        if error != self.runtime.cudaError_t.cudaSuccess:
+            raise RuntimeError(f"{name}: {error!r}")
+        return result[0] if result else None
+
+    def start(self) -> None:
+        """All copies, between two events of the first stream."""
+        self.call("cudaSetDevice", self.ordinal)
+        self.call("cudaEventRecord", self.begin, self.streams[0])
+        for stream in self.streams[1:]:
+            self.call("cudaStreamWaitEvent", stream, self.begin, 0)
+        kind = self.runtime.cudaMemcpyKind.cudaMemcpyDeviceToDevice
+        for _ in range(NUM_COPIES):
+            for (source, target), stream in zip(self.copies, self.streams, strict=True):
+                addresses = target.unsafe_buffer_pointer(), source.unsafe_buffer_pointer()
+                self.call("cudaMemcpyAsync", *addresses, source.nbytes, kind, stream)
+        for stream, done in zip(self.streams, self.done, strict=True):
+            self.call("cudaEventRecord", done, stream)
+            self.call("cudaStreamWaitEvent", self.streams[0], done, 0)
+        self.call("cudaEventRecord", self.end, self.streams[0])
+
+    def elapsed_us(self) -> float:
+        """Of the copies just started, once they have ended."""
+        self.call("cudaSetDevice", self.ordinal)
+        self.call("cudaEventSynchronize", self.end)
+        return self.call("cudaEventElapsedTime", self.begin, self.end) * 1e3
+
+
+def _filled(device: jax.Device, num_bytes: int) -> jax.Array:
+    return jax.block_until_ready(jax.device_put(jnp.ones(num_bytes, jnp.uint8), device))
