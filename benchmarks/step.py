@@ -76,7 +76,10 @@ class StepInputs(NamedTuple):
 Layer = Callable[[Array, Weights, Any], Array]
 
 
-GEMMS: dict[str, GroupedMatmul] = {"tokamax": grouped_matmul, "lax": lax.ragged_dot}
+def grouped_gemm(name: str, alignment: int) -> GroupedMatmul:
+    if name == "lax":
+        return lax.ragged_dot
+    return lambda rows, weights, sizes: grouped_matmul(rows, weights, sizes, alignment)
 
 
 def experts(
@@ -226,7 +229,7 @@ def check(bench: Bench, forms: dict[str, Any], inputs: StepInputs) -> dict[str, 
 def measure(bench: Bench, shape: GroupShape, inner: int, num_layers: int, gemm: str) -> list[Row]:
     """Microseconds a layer of every form, after a comparison of the gradients."""
     inputs = make_inputs(bench, shape, inner, num_layers)
-    forms = check(bench, steps(shape, bench, GEMMS[gemm]), inputs)
+    forms = check(bench, steps(shape, bench, grouped_gemm(gemm, shape.A)), inputs)
     us = bench.us({name: bench.in_turn(form, [inputs], 1) for name, form in forms.items()})
     if bench.implementation == "cuda":
         ep.check()

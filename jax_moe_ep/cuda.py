@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Float32, Int32, Shaped
 
 from jax_moe_ep import reference
 from jax_moe_ep.config import MAX_CUDA_EXPERTS, MAX_INT32, EpConfig
+from jax_moe_ep.custom_call import custom_call
 from jax_moe_ep.group import group_call, group_gather, group_plan
 from jax_moe_ep.plan import Plan
 
@@ -136,7 +137,7 @@ def plan_from_gathered(
     Needs no mesh: one GPU can compute any rank's plan.
     """
     call = _PlanCall(config, num_ranks, ids.shape[0] // num_ranks, ids.shape[1])
-    results = jax.ffi.ffi_call("jax_moe_ep_plan", call.result_types(ids))(
+    results = custom_call("jax_moe_ep_plan", call.result_types(ids))(
         ids,
         priority,
         num_ranks=np.int64(num_ranks),
@@ -279,7 +280,7 @@ def _call(op: str, result_types: Any, plan: Plan, *args: Array) -> Any:
 
 def _call_alone(op: str, result_types: Any, plan: Plan, *args: Array) -> Any:
     """The custom call of an op on one rank: the plan's arrays first, its options behind."""
-    return jax.ffi.ffi_call(f"jax_moe_ep_{op}", result_types)(
+    return custom_call(f"jax_moe_ep_{op}", result_types)(
         plan.slots,
         plan.group_counts,
         plan.group_sizes,

@@ -10,6 +10,7 @@ from jax import lax
 from jaxtyping import Array, Float32, Int32, Shaped
 
 from jax_moe_ep.config import MAX_INT32, EpConfig
+from jax_moe_ep.custom_call import custom_call
 from jax_moe_ep.plan import Plan
 
 # Set to 1 to stage tokens in the arena as between processes where a peer could read them in place.
@@ -147,7 +148,7 @@ def _call(
     num_tokens, top_k, row_bytes, capacity = sizes
     agreed = (op, [(arg.shape, str(arg.dtype)) for arg in args], capacity, config, options)
     digest = hashlib.blake2b(repr(agreed).encode(), digest_size=8).digest()
-    return jax.ffi.ffi_call(f"jax_moe_ep_group_{op}", result_types)(
+    return custom_call(f"jax_moe_ep_group_{op}", result_types)(
         *args,
         op=np.int64(op_code),
         groups=device_groups(config).reshape(-1),

@@ -1,8 +1,9 @@
 """The matmul of experts: rows in groups, each times its own weights."""
 
+import functools
 import importlib.util
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from jax.extend import backend
 from jaxtyping import Array, Float, Int32
 
 from jax_moe_ep.cuda import refused
+from jax_moe_ep.custom_call import called_once
 
 # What the kernels for bf16 and fp16 want dimensions to be multiples of: their tiles are 128 bytes
 # wide. C as well, over which the gradient of the weights is a sum.
@@ -19,42 +21,54 @@ _TILE = 64
 
 class _Backend(NamedTuple):
     matmul: Callable[[Array, Array, Array], Array]  # rows, weights, group_sizes
-    gradients: Callable[[Array, Array, Array, Array], tuple[Array, Array]]  # and that of the result
+    # Those of rows and weights, from whether groups are whole tiles of rows, these three and the
+    # gradient of the result.
+    gradients: Callable[[bool, Array, Array, Array, Array], tuple[Array, Array]]
 
 
-@jax.custom_vjp
 def grouped_matmul(
-    rows: Float[Array, "C M"], weights: Float[Array, "L M N"], group_sizes: Int32[Array, "L"]
+    rows: Float[Array, "C M"],
+    weights: Float[Array, "L M N"],
+    group_sizes: Int32[Array, "L"],
+    alignment: int = 1,
 ) -> Float[Array, "C N"]:
     """The rows of each group times its weights; rows behind the groups are undefined.
 
     On CUDA tokamax's, elsewhere lax.ragged_dot. Differentiable in rows and weights; in the
     gradient of rows, those behind the groups are undefined too. Rows that are not finite may make
-    the gradient of the next groups' weights NaN as well.
+    the gradient of the next groups' weights NaN as well. All group_sizes are multiples of
+    alignment.
     """
+    out: Array = _grouped_matmul(alignment % _TILE == 0, rows, weights, group_sizes)
+    return out
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _grouped_matmul(is_tiled: bool, rows: Array, weights: Array, group_sizes: Array) -> Array:
     cuda, default = _backends()
-    return lax.platform_dependent(
-        rows, weights, group_sizes, cuda=cuda.matmul, default=default.matmul
-    )
+
+    def on_cuda(*args: Array) -> Array:
+        return called_once(cuda.matmul(*args))
+
+    return lax.platform_dependent(rows, weights, group_sizes, cuda=on_cuda, default=default.matmul)
 
 
-def _forward(rows: Array, weights: Array, group_sizes: Array) -> tuple[Array, Any]:
-    return grouped_matmul(rows, weights, group_sizes), (rows, weights, group_sizes)
+def _forward(
+    is_tiled: bool, rows: Array, weights: Array, group_sizes: Array
+) -> tuple[Array, tuple[Array, Array, Array]]:
+    out: Array = _grouped_matmul(is_tiled, rows, weights, group_sizes)
+    return out, (rows, weights, group_sizes)
 
 
-def _backward(residuals: Any, dout: Array) -> tuple[Array, Array, None]:
-    rows, weights, group_sizes = residuals
-    # No tail: rows there may be NaN, and kernels multiply some by zero for the weights' gradient.
-    is_grouped = jnp.arange(rows.shape[0]) < jnp.sum(group_sizes)
-    rows, dout = (jnp.where(is_grouped[:, None], each, 0) for each in (rows, dout))
-    cuda, default = _backends()
-    drows, dweights = lax.platform_dependent(
-        rows, weights, group_sizes, dout, cuda=cuda.gradients, default=default.gradients
-    )
+def _backward(
+    is_tiled: bool, residuals: tuple[Array, Array, Array], dout: Array
+) -> tuple[Array, Array, None]:
+    cuda, default = (functools.partial(each.gradients, is_tiled) for each in _backends())
+    drows, dweights = lax.platform_dependent(*residuals, dout, cuda=cuda, default=default)
     return drows, dweights, None
 
 
-grouped_matmul.defvjp(_forward, _backward)
+_grouped_matmul.defvjp(_forward, _backward)
 
 
 def _backends() -> tuple[_Backend, _Backend]:
@@ -74,12 +88,20 @@ def _backends() -> tuple[_Backend, _Backend]:
 
 def _differentiated(matmul: Callable[..., Array]) -> _Backend:
     def gradients(
-        rows: Array, weights: Array, group_sizes: Array, dout: Array
+        is_tiled: bool, rows: Array, weights: Array, group_sizes: Array, dout: Array
     ) -> tuple[Array, Array]:
+        rows, dout = _without_tail(group_sizes, rows, dout)
         # The unused forward pass is dead code.
         return jax.vjp(lambda *args: matmul(*args, group_sizes), rows, weights)[1](dout)
 
     return _Backend(matmul, gradients)
+
+
+def _without_tail(group_sizes: Array, *arrays: Array) -> list[Array]:
+    """Zeros behind the groups: rows there may be NaN, and kernels multiply some of them by zero for
+    the gradient of the weights."""
+    is_grouped = jnp.arange(arrays[0].shape[0]) < jnp.sum(group_sizes)
+    return [jnp.where(is_grouped[:, None], each, 0) for each in arrays]
 
 
 def _tokamax_ragged_dot(rows: Array, weights: Array, group_sizes: Array) -> Array:
@@ -92,12 +114,15 @@ def _tokamax_ragged_dot(rows: Array, weights: Array, group_sizes: Array) -> Arra
 
 
 def _hopper_gradients(
-    rows: Array, weights: Array, group_sizes: Array, dout: Array
+    is_tiled: bool, rows: Array, weights: Array, group_sizes: Array, dout: Array
 ) -> tuple[Array, Array]:
     """In bf16 and fp16 that of the weights is JAX's own kernel. tokamax 0.0.17's loads operands
     into registers that the tensor cores still read: on a busy GPU its sums are wrong."""
     if rows.dtype.itemsize != 2:
-        return _differentiated(_tokamax_ragged_dot).gradients(rows, weights, group_sizes, dout)
+        tokamax = _differentiated(_tokamax_ragged_dot)
+        return tokamax.gradients(is_tiled, rows, weights, group_sizes, dout)
+    if not is_tiled:  # whole tiles are all that the kernels read of a group
+        rows, dout = _without_tail(group_sizes, rows, dout)
     _, pull = jax.vjp(lambda rows: _tokamax_ragged_dot(rows, weights, group_sizes), rows)
     return *pull(dout), _transposed_ragged_dot(rows, dout, group_sizes)
 
@@ -108,7 +133,8 @@ _HOPPER = _Backend(_tokamax_ragged_dot, _hopper_gradients)
 def _transposed_ragged_dot(
     rows: Float[Array, "C M"], dout: Float[Array, "C N"], group_sizes: Int32[Array, "L"]
 ) -> Float[Array, "L M N"]:
-    """Of each group, the transposed rows times dout. No tail that is not finite."""
+    """Of each group, the transposed rows times dout. It reads whole tiles of rows; those behind
+    the groups must be finite."""
     # Imports JAX's test utilities, and so absl, which comes with tokamax.
     from jax.experimental.pallas.ops.gpu import transposed_ragged_dot_mgpu as kernels
 

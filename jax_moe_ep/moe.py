@@ -74,8 +74,9 @@ def moe_mlp(
         priority = weights if config.drop_policy == "priority" else None
         plan = ops.plan(idx, config, priority=priority)
         rows = ops.dispatch(x.reshape(-1, x.shape[-1]), plan)
-        gate, up = jnp.split(grouped_matmul(rows, w_gate_up, plan.group_sizes), 2, axis=-1)
-        y = grouped_matmul(_GATES[activation](gate) * up, w_down, plan.group_sizes)
+        groups = plan.group_sizes, config.alignment
+        gate, up = jnp.split(grouped_matmul(rows, w_gate_up, *groups), 2, axis=-1)
+        y = grouped_matmul(_GATES[activation](gate) * up, w_down, *groups)
         out = ops.combine(y, plan, weights)
         return out.reshape(x.shape), ops.stats(plan, axis_name=axes)
 

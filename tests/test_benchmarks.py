@@ -207,7 +207,7 @@ def test_a_step_calls_each_op_in_the_loops(monkeypatch):
     """One loop forward and one backward, with the exchange in both and none outside."""
     bench = tiny_bench()
     inputs = step_benchmark.make_inputs(bench, TINY, 4, 3)
-    forms = step_benchmark.steps(TINY, bench, step_benchmark.GEMMS["lax"])
+    forms = step_benchmark.steps(TINY, bench, step_benchmark.grouped_gemm("lax", 1))
     text = bench.on_ranks(forms["all_to_all"]).lower(inputs).compile().as_text()
     entry = text.split("\nENTRY ")[1]
     assert entry.count(" while(") == 2
