@@ -35,7 +35,8 @@ test: .venv/installed
 # First what can share the GPUs, so at once with make -j4 test-gpu; then what is about time and
 # memory, one after the other. Tests start processes of their own, which need memory too.
 GPU_PARTS := gpu-suite gpu-vector gpu-staged gpu-processes
-GPU_ALONE := tests/test_group.py tests/test_group_failures.py
+GROUP_TESTS := tests/test_group.py tests/test_group_reuse.py tests/test_group_cold.py
+GPU_ALONE := $(GROUP_TESTS) tests/test_group_failures.py
 PYTEST := $(BIN)/python -m pytest
 
 test-gpu $(GPU_PARTS) gpu-alone: export JAX_MOE_EP_REQUIRE_GPUS = $(NUM_GPUS)
@@ -63,9 +64,9 @@ gpu-processes:
 
 gpu-alone:
 	$(PYTEST) $(GPU_ALONE)
-	JAX_MOE_EP_FORCE_VECTOR=1 JAX_MOE_EP_FORCE_LARGE=1 $(PYTEST) tests/test_group.py
-	JAX_MOE_EP_FORCE_STAGED=1 $(PYTEST) tests/test_group.py
-	$(PER_GPU) -m pytest tests/test_group.py
+	JAX_MOE_EP_FORCE_VECTOR=1 JAX_MOE_EP_FORCE_LARGE=1 $(PYTEST) $(GROUP_TESTS)
+	JAX_MOE_EP_FORCE_STAGED=1 $(PYTEST) $(GROUP_TESTS)
+	$(PER_GPU) -m pytest $(GROUP_TESTS)
 	$(BIN)/python tests/stress.py
 	$(PER_GPU) tests/stress.py
 	for n in 2 4; do test $$((2 * n)) -gt $(NUM_GPUS) || { \

@@ -9,50 +9,22 @@ namespace {
 
 constexpr char kOp[] = "jax_moe_ep_group_gather";
 
-std::string Bytes(int64_t bytes) { return std::to_string(bytes) + " bytes"; }
-
-// The arrays of a call: as many as results, all x of one size, each result R times that.
-ffi::Error MakeArrays(ffi::RemainingArgs x,
-                      ffi::RemainingRets out,
-                      const GroupAttributes& attributes,
-                      GatherArrays* arrays) {
-  int64_t count = static_cast<int64_t>(x.size());
-  if (count < 1 || count > kMaxGathered || x.size() != out.size()) {
-    return ffi::Error::InvalidArgument(std::string(kOp) + ": expected 1 to " +
-                                       std::to_string(kMaxGathered) +
-                                       " arrays and as many results, got " + std::to_string(count) +
-                                       " and " + std::to_string(out.size()));
-  }
-  arrays->count = static_cast<int>(count);
-  arrays->bytes = attributes.num_tokens * attributes.row_bytes / count;
-  for (int64_t i = 0; i < count; ++i) {
-    auto from = x.get<ffi::AnyBuffer>(i);
-    auto to = out.get<ffi::AnyBuffer>(i);
-    if (!from.has_value()) return from.error();
-    if (!to.has_value()) return to.error();
-    int64_t got = from->size_bytes(), result = (*to)->size_bytes();
-    if (got * count != attributes.num_tokens * attributes.row_bytes ||
-        result != got * attributes.num_ranks) {
-      return ffi::Error::InvalidArgument(
-          std::string(kOp) + ": each of " + std::to_string(count) + " arrays must have " +
-          Bytes(arrays->bytes) + " and its result " + Bytes(arrays->bytes * attributes.num_ranks) +
-          ", got " + Bytes(got) + " and " + Bytes(result));
-    }
-    arrays->x[i] = from->untyped_data();
-    arrays->out[i] = (*to)->untyped_data();
-  }
-  return ffi::Error::Success();
-}
-
+// out has x of all ranks.
 ffi::Error GatherImpl(cudaStream_t stream,
                       CommunicatorContext context,
                       CallSite* site,
-                      ffi::RemainingArgs x,
-                      ffi::RemainingRets out,
+                      ffi::AnyBuffer x,
+                      ffi::Result<ffi::AnyBuffer> out,
                       GroupAttributes attributes) {
   ++num_executions;
-  GatherArrays arrays{};
-  JAX_MOE_EP_RETURN_IF_ERROR(MakeArrays(x, out, attributes, &arrays));
+  int64_t bytes = attributes.num_tokens * attributes.row_bytes;
+  int64_t given = x.size_bytes(), result = out->size_bytes();
+  if (given != bytes || result != bytes * attributes.num_ranks) {
+    return ffi::Error::InvalidArgument(std::string(kOp) + ": x must have " + std::to_string(bytes) +
+                                       " bytes and its result " +
+                                       std::to_string(bytes * attributes.num_ranks) + ", got " +
+                                       std::to_string(given) + " and " + std::to_string(result));
+  }
   LaunchLimits limits;
   JAX_MOE_EP_RETURN_IF_ERROR(
       ToFfiError(kOp, GetLaunchLimits(attributes.num_sms, attributes.force_vector, &limits)));
@@ -60,6 +32,7 @@ ffi::Error GatherImpl(cudaStream_t stream,
   if (!arena.has_value()) return arena.error();
   auto view = MakeView(**arena, site, attributes, attributes.row_bytes);
   if (!view.has_value()) return view.error();
+  GatherArrays arrays{1, bytes, {x.untyped_data()}, {out->untyped_data()}};
   RegionLayout layout = attributes.Layout(view->is_one_process);
   return ToFfiError(kOp, LaunchGroupGather(*view, layout, arrays, limits.num_sms, stream));
 }
@@ -72,8 +45,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(GroupGatherFfi,
                                   .Ctx<ffi::PlatformStream<cudaStream_t>>()
                                   .Ctx<ffi::Extension<Collectives>>()
                                   .Ctx<ffi::State<CallSite>>()
-                                  .RemainingArgs()
-                                  .RemainingRets()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>()
                                   .Attrs<GroupAttributes>(),
                               {ffi::Traits::kCmdBufferCompatible});
 

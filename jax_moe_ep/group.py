@@ -119,9 +119,9 @@ def group_gather(
     """
     num_tokens, top_k = x.shape
     num_rows = num_tokens * lax.axis_size(config.axis_name)
-    (gathered,) = _call(
+    return _call(
         "gather",
-        [jax.typeof(x).update(shape=(num_rows, top_k))],
+        jax.typeof(x).update(shape=(num_rows, top_k)),
         config,
         x,
         op_code=op_code,
@@ -129,7 +129,6 @@ def group_gather(
         has_weights=False,
         force_vector=False,
     )
-    return gathered
 
 
 def _call(

@@ -1,4 +1,4 @@
-"""Many steps of the ops with new values in each, checked on the device: what test_group.py runs
+"""Steps of the ops with new values in each, checked on the device: what test_group_reuse.py runs
 while a rank is late.
 
 Every program is one rank's and returns how many elements were wrong. Values are small integers made
