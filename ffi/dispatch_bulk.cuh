@@ -68,7 +68,7 @@ __device__ int64_t Pipe(int64_t end, Next next, Load load, Store store) {
   }
 }
 
-// All items of a warp. Returns how many there were. Rows are zeroed beside each, so that memory has
+// All items of a warp. Returns how many there were. A row is zeroed beside each, so that memory has
 // work while others wait for the link.
 template <bool kInGroup>
 __device__ int64_t MoveItems(const DispatchParams& p,
@@ -76,8 +76,6 @@ __device__ int64_t MoveItems(const DispatchParams& p,
                              Ring& ring,
                              ZeroRows& zero,
                              const char* zeros) {
-  int64_t num_items = NumItems<kInGroup>(p);
-  int num_zero = zero.PerItem(num_items);
   auto load = [&](int64_t item, int stage) {
     Tile<kInGroup> tile(p, item);
     bool has_row = tile.HasRow(p) && items.IsReady(p, tile.source);  // others are not read
@@ -85,10 +83,7 @@ __device__ int64_t MoveItems(const DispatchParams& p,
   };
   auto store = [&](int64_t item, int stage) {
     int64_t row;
-#pragma unroll 1
-    for (int n = 0; n < num_zero && zero.Next(&row); ++n) {
-      BulkZeroRow(p.rows + row * p.row_bytes, p.row_bytes, zeros, p.tile_bytes);
-    }
+    if (zero.Next(&row)) BulkZeroRow(p.rows + row * p.row_bytes, p.row_bytes, zeros, p.tile_bytes);
     if (!ring.Wait(stage)) return;
     Tile<kInGroup> tile(p, item);
 #pragma unroll 1
@@ -98,7 +93,7 @@ __device__ int64_t MoveItems(const DispatchParams& p,
       ptx::BulkStore(p.rows + row * p.row_bytes + tile.offset, ring.Data(p, stage), tile.bytes);
     }
   };
-  return Pipe(num_items, [&] { return items.Next(); }, load, store);
+  return Pipe(NumItems<kInGroup>(p), [&] { return items.Next(); }, load, store);
 }
 
 // Copies x to where peers read it, a tile at a time, as all warps claim them; then they are told.

@@ -39,14 +39,6 @@ class ZeroRows {
         tail_(worker),
         num_workers_(num_workers) {}
 
-  // How many of all rows to zero beside each of all items, so that a long tail ends with them.
-  __device__ int PerItem(int64_t num_items) const {
-    int last = plan_.num_groups - 1;
-    int64_t tail = plan_.capacity - plan_.group_starts[last] - plan_.group_sizes[last];
-    if (!plan_.zero_tail || num_items == 0) return 1;
-    return 1 + static_cast<int>(Divide(tail, num_items).quotient);
-  }
-
   // The warp's next row, the same for all lanes; false when there are no more.
   __device__ bool Next(int64_t* row) {
     while (lanes_ == 0) {
