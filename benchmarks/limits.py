@@ -1,6 +1,7 @@
 """What no op between GPUs can be faster than: P, of the links, and M, of links and memory."""
 
 import functools
+import math
 import statistics
 import sys
 from typing import Any
@@ -15,6 +16,8 @@ from benchmarks.group import Bench
 from benchmarks.shapes import GroupShape, most_of_a_rank, traffic
 from benchmarks.stock import AXIS
 
+# Copies of fewer bytes of a rank to all others are launches, and their memory is in L2.
+LEAST_COPIED_BYTES = 64e6
 LIMITED = ("dispatch", "combine", "combine_backward")
 
 
@@ -31,7 +34,10 @@ def copy_rate(bench: Bench, num_bytes: float = 1e9) -> float:
 
 @functools.cache
 def peer_copy_us(bench: Bench, remote: tuple[tuple[int, ...], ...]) -> float:
-    return bench.peer_copies(list(bench.mesh.devices.flat), remote)
+    """Of few bytes at the rate of many: copied are so many times as many of each pair."""
+    factor = math.ceil(LEAST_COPIED_BYTES / max(most_of_a_rank(np.array(remote)), 1))
+    copied = [[factor * num_bytes for num_bytes in row] for row in remote]
+    return bench.peer_copies(list(bench.mesh.devices.flat), copied) / factor
 
 
 def peer_us(bench: Bench, remote: np.ndarray) -> float | None:

@@ -76,10 +76,10 @@ class StepInputs(NamedTuple):
 Layer = Callable[[Array, Weights, Any], Array]
 
 
-def grouped_gemm(name: str, alignment: int) -> GroupedMatmul:
-    if name == "lax":
-        return lax.ragged_dot
-    return lambda rows, weights, sizes: grouped_matmul(rows, weights, sizes, alignment)
+def grouped_gemms(alignment: int) -> dict[str, GroupedMatmul]:
+    """By name; groups have multiples of `alignment` rows."""
+    ours = functools.partial(grouped_matmul, alignment=alignment)
+    return {"tokamax": ours, "lax": lax.ragged_dot}
 
 
 def experts(
@@ -229,7 +229,7 @@ def check(bench: Bench, forms: dict[str, Any], inputs: StepInputs) -> dict[str, 
 def measure(bench: Bench, shape: GroupShape, inner: int, num_layers: int, gemm: str) -> list[Row]:
     """Microseconds a layer of every form, after a comparison of the gradients."""
     inputs = make_inputs(bench, shape, inner, num_layers)
-    forms = check(bench, steps(shape, bench, grouped_gemm(gemm, shape.A)), inputs)
+    forms = check(bench, steps(shape, bench, grouped_gemms(shape.A)[gemm]), inputs)
     us = bench.us({name: bench.in_turn(form, [inputs], 1) for name, form in forms.items()})
     if bench.implementation == "cuda":
         ep.check()
@@ -278,6 +278,8 @@ def main(
         shape, inner, num_layers = GroupShape(6, 32, 2, 4, E=4 * num_ranks, R=num_ranks), 16, 2
     has_tokamax = importlib.util.find_spec("tokamax") is not None and not wall
     gemm = gemm or ("tokamax" if has_tokamax else "lax")
+    if gemm not in (known := grouped_gemms(shape.A)):
+        raise typer.BadParameter(f"--gemm {gemm} is none of {', '.join(known)}")
     rows = measure(bench, shape, inner, num_layers, gemm)
     if jax.process_index() == 0:
         show(rows, Console(width=140))

@@ -30,14 +30,19 @@ def grouped_matmul(
     rows: Float[Array, "C M"],
     weights: Float[Array, "L M N"],
     group_sizes: Int32[Array, "L"],
+    *,
     alignment: int = 1,
 ) -> Float[Array, "C N"]:
     """The rows of each group times its weights; rows behind the groups are undefined.
 
     On CUDA tokamax's, elsewhere lax.ragged_dot. Differentiable in rows and weights; in the
     gradient of rows, those behind the groups are undefined too. Rows that are not finite may make
-    the gradient of the next groups' weights NaN as well. All group_sizes are multiples of
-    alignment.
+    the gradient of the next groups' weights NaN as well.
+
+    Args:
+      rows, weights, group_sizes: see their shapes; the groups are the first rows.
+      alignment: all group_sizes are multiples of it. Where it is one of 64 no rows are copied, on
+        Hopper in bf16 and fp16, to drop those behind the groups.
     """
     out: Array = _grouped_matmul(alignment % _TILE == 0, rows, weights, group_sizes)
     return out
@@ -133,8 +138,8 @@ _HOPPER = _Backend(_tokamax_ragged_dot, _hopper_gradients)
 def _transposed_ragged_dot(
     rows: Float[Array, "C M"], dout: Float[Array, "C N"], group_sizes: Int32[Array, "L"]
 ) -> Float[Array, "L M N"]:
-    """Of each group, the transposed rows times dout. It reads whole tiles of rows; those behind
-    the groups must be finite."""
+    """Of each group, the transposed rows times dout. Whole tiles of rows are read: what the last
+    tile of a group has of others must be finite."""
     # Imports JAX's test utilities, and so absl, which comes with tokamax.
     from jax.experimental.pallas.ops.gpu import transposed_ragged_dot_mgpu as kernels
 

@@ -1,5 +1,6 @@
 """A whole Mixture-of-Experts feed-forward layer on global arrays."""
 
+import functools
 from collections.abc import Callable
 from typing import Literal
 
@@ -74,9 +75,11 @@ def moe_mlp(
         priority = weights if config.drop_policy == "priority" else None
         plan = ops.plan(idx, config, priority=priority)
         rows = ops.dispatch(x.reshape(-1, x.shape[-1]), plan)
-        groups = plan.group_sizes, config.alignment
-        gate, up = jnp.split(grouped_matmul(rows, w_gate_up, *groups), 2, axis=-1)
-        y = grouped_matmul(_GATES[activation](gate) * up, w_down, *groups)
+        matmul = functools.partial(
+            grouped_matmul, group_sizes=plan.group_sizes, alignment=config.alignment
+        )
+        gate, up = jnp.split(matmul(rows, w_gate_up), 2, axis=-1)
+        y = matmul(_GATES[activation](gate) * up, w_down)
         out = ops.combine(y, plan, weights)
         return out.reshape(x.shape), ops.stats(plan, axis_name=axes)
 

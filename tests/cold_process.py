@@ -1,5 +1,5 @@
-"""What test_group_cold.py runs on all GPUs in a process of its own: a layer whose experts are the
-first matmuls of the process or, with an argument, x or dout as a constant of the program.
+"""What test_group_cold.py runs on 2, 4 or 8 GPUs in a process of its own: a layer whose experts are
+the first matmuls of the process or, with an argument, x or dout as a constant of the program.
 """
 
 import importlib.util

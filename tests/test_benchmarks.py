@@ -203,11 +203,16 @@ def test_steps_with_wrong_gradients_are_left_out(monkeypatch, capsys):
     assert "wrong is left out: its gradients are off by" in capsys.readouterr().err
 
 
+def test_an_unknown_gemm_is_an_error():
+    with pytest.raises(typer.BadParameter, match="--gemm cublas is none of tokamax, lax"):
+        step_benchmark.main(wall=True, ranks=2, gemm="cublas")
+
+
 def test_a_step_calls_each_op_in_the_loops(monkeypatch):
     """One loop forward and one backward, with the exchange in both and none outside."""
     bench = tiny_bench()
     inputs = step_benchmark.make_inputs(bench, TINY, 4, 3)
-    forms = step_benchmark.steps(TINY, bench, step_benchmark.grouped_gemm("lax", 1))
+    forms = step_benchmark.steps(TINY, bench, step_benchmark.grouped_gemms(1)["lax"])
     text = bench.on_ranks(forms["all_to_all"]).lower(inputs).compile().as_text()
     entry = text.split("\nENTRY ")[1]
     assert entry.count(" while(") == 2

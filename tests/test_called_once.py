@@ -15,7 +15,7 @@ from jax_moe_ep import cuda, grouped_matmul
 needs_extension = pytest.mark.skipif(not cuda.has_extension(), reason="needs the CUDA extension")
 
 
-def gradient_of_a_scan(num_ranks, implementation):
+def gradient_of_a_scan(num_ranks, implementation, has_row_weights=False):
     """Of layers that save plan, rows and results, all in multiples of 128 bytes."""
     case = Case(T=64, K=2, E=32 * num_ranks, R=num_ranks, H=64, A=8)
     config = case.config(implementation)
@@ -24,6 +24,8 @@ def gradient_of_a_scan(num_ranks, implementation):
         ids, weights, scale = each
         plan = ep.plan(ids, config)
         y = jnp.sin(ep.dispatch(x, plan)) * scale
+        if has_row_weights:
+            y *= ep.row_weights(weights, plan)[:, None]
         return x + ep.combine(y, plan, weights), None
 
     def loss(x, *each):
@@ -39,7 +41,7 @@ def gradient_of_a_scan(num_ranks, implementation):
 
 def gradient_program(num_ranks):
     """For CUDA, before XLA's passes."""
-    run, args = gradient_of_a_scan(num_ranks, "cuda")
+    run, args = gradient_of_a_scan(num_ranks, "cuda", has_row_weights=True)
     return run.trace(*args).lower(lowering_platforms=("cuda",)).as_text()
 
 
@@ -59,7 +61,7 @@ def test_results_pass_a_barrier(num_ranks):
             if re.search(rf"{name}\b", later):
                 assert "optimization_barrier" in later, f"{later} uses {line}"
                 uses += 1
-    assert uses >= 5
+    assert uses >= 7
 
 
 @pytest.mark.skipif(not ON_GPUS, reason="needs GPUs")

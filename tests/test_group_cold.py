@@ -1,4 +1,4 @@
-"""A layer on all GPUs in a process of its own, whose environment and memory are new."""
+"""A layer on 2, 4 or 8 GPUs in a process of its own, whose environment and memory are new."""
 
 import os
 import pathlib

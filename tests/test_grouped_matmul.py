@@ -37,7 +37,7 @@ def expected_results(rows, weights, group_sizes, dout):
 
 def results(rows, weights, group_sizes, dout, alignment):
     def matmul(rows, weights):
-        return grouped_matmul(rows, weights, group_sizes, alignment)
+        return grouped_matmul(rows, weights, group_sizes, alignment=alignment)
 
     out, pull = jax.vjp(matmul, rows, weights)
     return out, *pull(dout)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jax_moe_ep as ep
+from jax_moe_ep import moe
 
 CASE = Case(T=8, K=2, E=4, R=2, A=16, H=8)
 F = 6
@@ -223,7 +225,12 @@ def test_bf16_tokens_and_experts(T, A, H, F):
     assert_like_dense_in_bf16(dataclasses.replace(CASE, T=T, A=A, H=H), F)
 
 
-def test_an_undefined_tail_leaks_nowhere_in_bf16():
-    """The reference's tail, on all platforms: it is NaN."""
-    case = dataclasses.replace(CASE, A=1, tail="undefined")
+@pytest.mark.parametrize("A", [1, 64])
+def test_an_undefined_tail_leaks_nowhere_in_bf16(monkeypatch, A):
+    """The reference's tail, on all platforms: it is NaN. The experts know how groups are aligned,
+    and so whether they must drop it."""
+    matmul = mock.Mock(wraps=moe.grouped_matmul)
+    monkeypatch.setattr(moe, "grouped_matmul", matmul)
+    case = dataclasses.replace(CASE, A=A, tail="undefined")
     assert_like_dense_in_bf16(case, F, "reference")
+    assert {call.kwargs["alignment"] for call in matmul.call_args_list} == {A}

@@ -13,7 +13,8 @@ from benchmarks import peer_copies
 
 
 class Runtime:
-    """cuda.bindings.runtime, where a copy takes a microsecond a byte."""
+    """cuda.bindings.runtime; a copy takes a microsecond a byte. A stream that the host waits for is
+    100 behind the others then. Streams and events are used with their device current alone."""
 
     cudaMemcpyKind = types.SimpleNamespace(cudaMemcpyDeviceToDevice=3)
 
@@ -25,8 +26,11 @@ class Runtime:
         self.device = None
         self.copies = []  # (device that is current, target, source, bytes)
         self.now = []  # of each stream
-        self.events = []  # when each was recorded
+        self.times = []  # when each event was recorded
+        self.recorded_on = {}
+        self.stream_devices, self.event_devices = [], []
         self.waited = set()
+        self.destroyed = 0
 
     def done(self, *result):
         return (self.cudaError_t.cudaSuccess, *result)
@@ -37,35 +41,49 @@ class Runtime:
 
     def cudaStreamCreate(self):
         self.now.append(0)
+        self.stream_devices.append(self.device)
         return self.done(len(self.now) - 1)
 
     def cudaEventCreate(self):
-        self.events.append(None)
-        return self.done(len(self.events) - 1)
+        self.times.append(None)
+        self.event_devices.append(self.device)
+        return self.done(len(self.times) - 1)
 
     def cudaEventRecord(self, event, stream):
-        self.events[event] = self.now[stream]
+        assert self.event_devices[event] == self.stream_devices[stream] == self.device
+        self.times[event] = self.now[stream]
+        self.recorded_on[event] = stream
         self.waited.discard(event)
         return self.done()
 
     def cudaStreamWaitEvent(self, stream, event, flags):
-        self.now[stream] = max(self.now[stream], self.events[event])
+        self.now[stream] = max(self.now[stream], self.times[event])
         return self.done()
 
     def cudaMemcpyAsync(self, target, source, num_bytes, kind, stream):
         if kind != 3:
             return (self.cudaError_t.cudaErrorInvalidValue,)
+        assert self.stream_devices[stream] == self.device
         self.copies.append((self.device, target, source, num_bytes))
         self.now[stream] += num_bytes
         return self.done()
 
     def cudaEventSynchronize(self, event):
         self.waited.add(event)
+        self.now[self.recorded_on[event]] += 100
         return self.done()
 
     def cudaEventElapsedTime(self, start, end):
         assert end in self.waited
-        return self.done((self.events[end] - self.events[start]) * 1e-3)
+        return self.done((self.times[end] - self.times[start]) * 1e-3)
+
+    def cudaStreamDestroy(self, stream):
+        self.destroyed += 1
+        return self.done()
+
+    def cudaEventDestroy(self, event):
+        self.destroyed += 1
+        return self.done()
 
 
 @pytest.fixture
@@ -99,6 +117,7 @@ def test_every_gpu_sends_to_all_others_and_the_slowest_counts(runtime, monkeypat
         found = [(made[target][0], num_bytes) for _, target, _, num_bytes in sent]
         others = [(rank + 1) % 3, (rank + 2) % 3]  # each begins with another one
         assert found == [(devices[peer], remote[rank][peer]) for peer in others] * turns
+    assert runtime.destroyed == len(runtime.now) + len(runtime.times)
     assert peer_copies.peer_copies_us(devices[:2], [[0, 0], [0, 0]]) == pytest.approx(16)
 
 
@@ -114,5 +133,16 @@ def test_without_cudas_bindings(monkeypatch):
         peer_copies.peer_copies_us(DEVICES[:2], [[0, 1], [1, 0]])
 
 
-def test_a_dry_run_copies_for_every_pair():
-    assert peer_copies.wall_peer_copies_us(DEVICES[:3], [[0, 1, 2], [3, 0, 4], [5, 6, 0]]) > 0
+def test_a_dry_run_copies_for_every_pair(monkeypatch):
+    """Each pair's bytes to its target, 16 where there are none."""
+    copied, put = [], peer_copies.jax.device_put
+
+    def noted(arrays, devices):
+        if isinstance(devices, list):
+            copied.extend((a.device, d, a.nbytes) for a, d in zip(arrays, devices, strict=True))
+        return put(arrays, devices)
+
+    monkeypatch.setattr(peer_copies.jax, "device_put", noted)
+    a, b = DEVICES[:2]
+    assert peer_copies.wall_peer_copies_us([a, b], [[0, 40], [0, 0]]) > 0
+    assert copied == [(a, b, 40), (b, a, 16)]
