@@ -35,9 +35,9 @@ def copy_rate(bench: Bench, num_bytes: float = 1e9) -> float:
 @functools.cache
 def peer_copy_us(bench: Bench, remote: tuple[tuple[int, ...], ...]) -> float:
     """Of few bytes at the rate of many: copied are so many times as many of each pair."""
-    factor = math.ceil(LEAST_COPIED_BYTES / max(most_of_a_rank(np.array(remote)), 1))
-    copied = [[factor * num_bytes for num_bytes in row] for row in remote]
-    return bench.peer_copies(list(bench.mesh.devices.flat), copied) / factor
+    once = np.array(remote)
+    factor = math.ceil(LEAST_COPIED_BYTES / max(most_of_a_rank(once), 1))
+    return bench.peer_copies(list(bench.mesh.devices.flat), (factor * once).tolist()) / factor
 
 
 def peer_us(bench: Bench, remote: np.ndarray) -> float | None:

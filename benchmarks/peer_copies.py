@@ -34,7 +34,7 @@ def peer_copies_us(devices: Sequence[jax.Device], remote: Remote) -> float:
             runtime,
             device,
             [
-                (devices[peer], max(int(remote[rank][peer]), LEAST_BYTES))
+                (devices[peer], remote[rank][peer])
                 for peer in ((rank + distance) % num_ranks for distance in range(1, num_ranks))
             ],
         )
@@ -53,7 +53,7 @@ def peer_copies_us(devices: Sequence[jax.Device], remote: Remote) -> float:
 def wall_peer_copies_us(devices: Sequence[jax.Device], remote: Remote) -> float:
     """The host's time of one copy for each pair: to try a benchmark out without a GPU."""
     pairs = [(a, b) for a in range(len(devices)) for b in range(len(devices)) if a != b]
-    sources = [_filled(devices[a], max(int(remote[a][b]), LEAST_BYTES)) for a, b in pairs]
+    sources = [_filled(devices[a], remote[a][b]) for a, b in pairs]
     start = time.perf_counter()
     jax.block_until_ready(jax.device_put(sources, [devices[b] for _, b in pairs]))
     return (time.perf_counter() - start) * 1e6
@@ -111,4 +111,5 @@ class Sender:
 
 
 def _filled(device: jax.Device, num_bytes: int) -> jax.Array:
-    return jax.block_until_ready(jax.device_put(jnp.ones(num_bytes, jnp.uint8), device))
+    ones = jnp.ones(max(num_bytes, LEAST_BYTES), jnp.uint8)
+    return jax.block_until_ready(jax.device_put(ones, device))

@@ -10,6 +10,9 @@ import oracle
 import pytest
 from helpers import (
     AXIS,
+    DEVICES,
+    NUM_RANKS,
+    ON_GPUS,
     Case,
     assert_bitwise_equal,
     assert_plans_equal,
@@ -26,10 +29,9 @@ from jax.sharding import PartitionSpec as P
 import jax_moe_ep as ep
 from jax_moe_ep import cuda
 
-GPUS = [device for device in jax.devices() if device.platform == "gpu"]
-R = max(r for r in (2, 4, 8) if r <= max(len(GPUS), 2))
-GPUS = GPUS[:R]
-needs_gpus = pytest.mark.skipif(len(GPUS) < R, reason="needs two GPUs")
+R = NUM_RANKS
+GPUS = DEVICES[:R]
+needs_gpus = pytest.mark.skipif(not ON_GPUS or len(GPUS) < R, reason="needs two GPUs")
 
 BASE = Case(T=64, K=4, E=16, R=R, A=8, H=256)
 TIMEOUT_S = 20.0  # a hang is an error that says who waits

@@ -39,18 +39,13 @@ def gradient_of_a_scan(num_ranks, implementation, has_row_weights=False):
     return run, (x, ids, weights, scales)
 
 
-def gradient_program(num_ranks):
-    """For CUDA, before XLA's passes."""
-    run, args = gradient_of_a_scan(num_ranks, "cuda", has_row_weights=True)
-    return run.trace(*args).lower(lowering_platforms=("cuda",)).as_text()
-
-
 @needs_extension
 @pytest.mark.parametrize("num_ranks", [1, 2])
 def test_results_pass_a_barrier(num_ranks):
     """Whoever uses a result of a call gets it from an optimization barrier."""
+    run, args = gradient_of_a_scan(num_ranks, "cuda", has_row_weights=True)
+    lines = run.trace(*args).lower(lowering_platforms=("cuda",)).as_text().splitlines()
     uses = 0
-    lines = gradient_program(num_ranks).splitlines()
     for start, line in enumerate(lines):
         if "custom_call @jax_moe_ep" not in line:
             continue

@@ -9,15 +9,15 @@ import socket
 import subprocess
 import sys
 
-import jax
 import pytest
+from groups import R, needs_gpus
+from helpers import NUM_PROCESSES
 
-GPUS = [device for device in jax.devices() if device.platform == "gpu"]
-R = max(r for r in (2, 4, 8) if r <= max(len(GPUS), 2))
 ODD = R // 2  # the rank that fails
-pytestmark = pytest.mark.skipif(
-    len(GPUS) < R or jax.process_count() > 1, reason="needs two GPUs and starts its own processes"
-)
+pytestmark = [
+    needs_gpus,
+    pytest.mark.skipif(NUM_PROCESSES > 1, reason="starts its own processes"),
+]
 
 CASES = pathlib.Path(__file__).parent / "failure_cases.py"
 LIMIT_S = 150
