@@ -36,7 +36,9 @@ test: .venv/installed
 # memory, one after the other. Tests start processes of their own, which need memory too.
 GPU_PARTS := gpu-suite gpu-vector gpu-staged gpu-processes
 GROUP_TESTS := tests/test_group.py tests/test_group_reuse.py tests/test_group_cold.py
-GPU_ALONE := $(GROUP_TESTS) tests/test_group_failures.py
+GPU_ALONE := $(GROUP_TESTS) tests/test_group_pool.py tests/test_group_failures.py
+# So that processes read each other's tokens in place.
+POOL := XLA_PYTHON_CLIENT_PREALLOCATE=true XLA_PYTHON_CLIENT_MEM_FRACTION=.1
 PYTEST := $(BIN)/python -m pytest
 
 test-gpu $(GPU_PARTS) gpu-alone: export JAX_MOE_EP_REQUIRE_GPUS = $(NUM_GPUS)
@@ -59,16 +61,17 @@ gpu-staged:
 	JAX_MOE_EP_FORCE_STAGED=1 $(PYTEST) $(SEMANTIC_TESTS) -k cuda
 
 gpu-processes:
-	$(PER_GPU) -m pytest $(SEMANTIC_TESTS) -k cuda
+	$(POOL) $(PER_GPU) -m pytest $(SEMANTIC_TESTS) -k cuda
 	$(PER_GPU) -m pytest tests/test_sequence_parallel.py tests/test_map_plans.py
 
 gpu-alone:
 	$(PYTEST) $(GPU_ALONE)
 	JAX_MOE_EP_FORCE_VECTOR=1 JAX_MOE_EP_FORCE_LARGE=1 $(PYTEST) $(GROUP_TESTS)
 	JAX_MOE_EP_FORCE_STAGED=1 $(PYTEST) $(GROUP_TESTS)
-	$(PER_GPU) -m pytest $(GROUP_TESTS)
+	$(POOL) $(PER_GPU) -m pytest $(GROUP_TESTS)
+	JAX_MOE_EP_FORCE_STAGED=1 $(PER_GPU) -m pytest $(GROUP_TESTS)
 	$(BIN)/python tests/stress.py
-	$(PER_GPU) tests/stress.py
+	$(POOL) $(PER_GPU) tests/stress.py
 	for n in 2 4; do test $$((2 * n)) -gt $(NUM_GPUS) || { \
 		$(BIN)/python tests/stress.py --group-size $$n --steps 4000 && \
 		$(PER_GPU) tests/stress.py --group-size $$n --steps 4000; } || exit 1; done

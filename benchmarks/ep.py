@@ -47,6 +47,7 @@ from benchmarks.limits import copy_rate, describe_limits, limits
 from benchmarks.report import LOOP, Row, label, make_row, plot, result_name, show
 from benchmarks.shapes import GroupShape, group_sweep, quick_points
 from benchmarks.timing import RESULTS, save
+from jax_moe_ep import cuda
 
 TOLERANCE = 2.0**-6  # of stock sums in bf16, relative to the largest
 ROW_OPS = ("dispatch", "combine_backward", "round_trip")  # those that write rows, and so a tail
@@ -185,6 +186,12 @@ def shrunk(shape: GroupShape) -> GroupShape:
     return dataclasses.replace(shape, **small, E=4 * shape.R)
 
 
+def reads_in_place() -> bool:
+    """Whether peers read this process's tokens where XLA has them, so that none are staged."""
+    arenas = cuda.extension("benchmarks").arenas() if cuda.has_extension() else []
+    return bool(arenas) and all(arena["num_in_place"] > 0 for arena in arenas)
+
+
 def join_processes() -> None:
     if address := os.environ.get("JAX_MOE_EP_COORDINATOR"):
         process = int(os.environ["JAX_MOE_EP_PROCESS"])
@@ -236,7 +243,8 @@ def main(
         if is_first:
             flags = os.environ.get("XLA_FLAGS", "")
             described = describe_limits(bench, rate, rows)
-            save(name, rows, out, limits=described, xla_flags=flags, seconds=seconds)
+            more = {"xla_flags": flags, "reads_in_place": reads_in_place(), "seconds": seconds}
+            save(name, rows, out, limits=described, **more)
 
     at = shrunk if wall else lambda shape: shape
     measured = [] if ragged_only else points

@@ -63,17 +63,9 @@ int64_t HalfBytes(int64_t bytes) {
   return half;
 }
 
-namespace {
-
-int64_t RoundToAllocation(int64_t bytes) {
-  return (bytes + kAllocationBytes - 1) / kAllocationBytes * kAllocationBytes;
-}
-
-int64_t RegionBytes(int64_t half_bytes) {
+static int64_t RegionBytes(int64_t half_bytes) {
   return half_bytes ? RoundToAllocation(kRegionHeaderBytes + 2 * half_bytes) : 0;
 }
-
-}  // namespace
 
 int64_t ArenaBytes(int64_t half_bytes) {
   return RoundToAllocation(sizeof(Control)) + RegionBytes(half_bytes);
@@ -110,7 +102,7 @@ ffi::Error Arena::CheckOthers() {
   return texts.empty() ? ffi::Error::Success() : Internal(std::move(texts.front()));
 }
 
-ffi::Error Arena::Ensure(int64_t half_bytes, uint64_t timeout_ns) {
+ffi::Error Arena::Ensure(int64_t half_bytes, const XlaBuffer& buffer, uint64_t timeout_ns) {
   int64_t generation = TheRegistry().generation;
   if (control_.bytes == 0) {
     JAX_MOE_EP_RETURN_IF_ERROR(Meet(timeout_ns));
@@ -124,8 +116,18 @@ ffi::Error Arena::Ensure(int64_t half_bytes, uint64_t timeout_ns) {
   if (half_bytes == 0 || regions_.count(half_bytes)) return ffi::Error::Success();
   SharedMemory region;
   JAX_MOE_EP_RETURN_IF_ERROR(Share(RegionBytes(half_bytes), timeout_ns, &region));
+  if (!is_one_process()) JAX_MOE_EP_RETURN_IF_ERROR(SharePoolOf(buffer, timeout_ns));
   std::lock_guard<std::mutex> lock(TheRegistry().mutex);
   regions_[half_bytes] = region;
+  return ffi::Error::Success();
+}
+
+ffi::Error Arena::SharePoolOf(const XlaBuffer& buffer, uint64_t timeout_ns) {
+  std::vector<SharedPool> pools = pools_;
+  JAX_MOE_EP_RETURN_IF_ERROR(
+      SharePool(meeting_.exchange(), buffer.address, buffer.bytes, timeout_ns, &pools));
+  std::lock_guard<std::mutex> lock(TheRegistry().mutex);
+  pools_ = std::move(pools);
   return ffi::Error::Success();
 }
 
@@ -166,7 +168,6 @@ GroupView Arena::View(int64_t half_bytes) const {
   GroupView view{};
   view.num_ranks = num_ranks();
   view.rank = rank();
-  view.is_one_process = is_one_process();
   view.half_bytes = half_bytes;
   view.failure = failure_;
   auto region = regions_.find(half_bytes);
@@ -178,9 +179,22 @@ GroupView Arena::View(int64_t half_bytes) const {
   return view;
 }
 
+ffi::Error Arena::Publish(const char* what, const void* address, GroupView* view) {
+  if (is_one_process()) {
+    JAX_MOE_EP_RETURN_IF_ERROR(CheckPeersCanRead(what, address));
+    for (int peer = 0; peer < num_ranks(); ++peer) {
+      view->published[peer] = static_cast<const char*>(address);
+    }
+  }
+  for (const SharedPool& pool : pools_) {
+    if (pool.Publish(address, num_ranks(), view->published)) break;
+  }
+  num_in_place_ += view->is_read_in_place();
+  return ffi::Error::Success();
+}
+
 // XLA lets all peers into its allocations or none, so one of them is asked.
 ffi::Error Arena::CheckPeersCanRead(const char* what, const void* address) const {
-  if (!is_one_process()) return ffi::Error::Success();
   int device = peers_.devices[PeerOf(rank(), num_ranks(), 1)];
   bool can_read = false;
   JAX_MOE_EP_RETURN_IF_CUDA_ERROR(CanRead(device, device_, address, &can_read));
@@ -207,6 +221,12 @@ std::vector<std::string> Arena::Failures() {
   return first;
 }
 
+int64_t Arena::PoolBytes() const {
+  int64_t bytes = 0;
+  for (const SharedPool& pool : pools_) bytes += pool.pool.bytes;
+  return bytes;
+}
+
 std::vector<std::map<std::string, int64_t>> Arena::List() {
   Registry& registry = TheRegistry();
   std::lock_guard<std::mutex> lock(registry.mutex);
@@ -218,6 +238,8 @@ std::vector<std::map<std::string, int64_t>> Arena::List() {
                     {"rank", arena->rank()},
                     {"num_ranks", arena->num_ranks()},
                     {"is_one_process", arena->is_one_process()},
+                    {"pool_bytes", arena->PoolBytes()},
+                    {"num_in_place", arena->num_in_place_},
                     {"bytes", bytes}});
   }
   return list;

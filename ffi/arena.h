@@ -10,6 +10,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include <atomic>
 #include <cstdint>
 #include <map>
 #include <string>
@@ -18,8 +19,15 @@
 #include "checks.h"
 #include "layout.h"
 #include "meeting.h"
+#include "pool.h"
 
 namespace jax_moe_ep {
+
+// Some memory of XLA's on this GPU.
+struct XlaBuffer {
+  const void* address = nullptr;
+  int64_t bytes = 0;
+};
 
 class Arena {
  public:
@@ -36,8 +44,9 @@ class Arena {
   static ffi::Error CheckOthers();
 
   // Meets the peers unless all is there: the first time, after a reset, and once for each size
-  // class of regions. Blocks the host until all ranks have come.
-  ffi::Error Ensure(int64_t half_bytes, uint64_t timeout_ns);
+  // class of regions. Blocks the host until all ranks have come. With a region, peers in other
+  // processes get to read the part of XLA's pool that holds `buffer`, where that can be.
+  ffi::Error Ensure(int64_t half_bytes, const XlaBuffer& buffer, uint64_t timeout_ns);
 
   // Whether all ranks are in this process; false before they have met.
   bool is_one_process() const { return peers_.is_one_process; }
@@ -45,9 +54,11 @@ class Arena {
   // The view of a kernel whose call needs regions with halves of half_bytes.
   GroupView View(int64_t half_bytes) const;
 
-  // An error unless the peers of one process can read what the call gives them in place; `what`
-  // names it. Cheap and legal in every Execute, also while a stream is captured.
-  ffi::Error CheckPeersCanRead(const char* what, const void* address) const;
+  // Writes where each peer reads what the call gives them in place; nothing where it must be
+  // staged, as in groups of several processes for what the peers have not mapped. In those of one
+  // it is an error when peers cannot read it; `what` names it. Cheap and legal in every Execute,
+  // also while a stream is captured.
+  ffi::Error Publish(const char* what, const void* address, GroupView* view);
 
   // For Python, about all arenas of this process.
   static std::vector<std::string> Failures();  // first those who gave up themselves
@@ -65,6 +76,9 @@ class Arena {
   ffi::Error Meet(uint64_t timeout_ns);
   ffi::Error Restart(uint64_t timeout_ns);
   ffi::Error Share(int64_t bytes, uint64_t timeout_ns, SharedMemory* shared);
+  ffi::Error SharePoolOf(const XlaBuffer& buffer, uint64_t timeout_ns);
+  ffi::Error CheckPeersCanRead(const char* what, const void* address) const;
+  int64_t PoolBytes() const;  // of XLA's that all peers in other processes read
   template <typename Write>
   static void ForEach(Write write);
   int num_ranks() const { return meeting_.num_ranks(); }
@@ -79,6 +93,8 @@ class Arena {
   Failure* failure_ = nullptr;  // mapped host memory
   SharedMemory control_;
   std::map<int64_t, SharedMemory> regions_;  // by half_bytes
+  std::vector<SharedPool> pools_;            // of groups of several processes
+  std::atomic<int64_t> num_in_place_{0};     // launches whose x is read in place
 };
 
 // The halves of the size class that holds `bytes`: a power of two, or 0.

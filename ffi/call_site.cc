@@ -62,6 +62,17 @@ std::vector<std::vector<int64_t>> Groups(const GroupAttributes& attributes) {
   return groups;
 }
 
+XlaBuffer Largest(const ffi::RemainingArgs& arguments) {
+  XlaBuffer largest;
+  for (size_t i = 0; i < arguments.size(); ++i) {
+    auto buffer = arguments.get<ffi::AnyBuffer>(i);
+    if (!buffer.has_value()) continue;
+    int64_t bytes = static_cast<int64_t>(buffer->size_bytes());
+    if (bytes > largest.bytes) largest = {buffer->untyped_data(), bytes};
+  }
+  return largest;
+}
+
 }  // namespace
 
 ffi::TypeId CallSite::id = {};
@@ -107,6 +118,7 @@ ffi::ErrorOr<Arena*> GetArena(CommunicatorContext& context, const GroupAttribute
 
 ffi::Error InitializeGroup(CommunicatorContext& context,
                            CallSite* site,
+                           const ffi::RemainingArgs& arguments,
                            const GroupAttributes& attributes) {
   auto arena = GetArena(context, attributes);
   if (!arena.has_value()) return arena.error();
@@ -116,9 +128,10 @@ ffi::Error InitializeGroup(CommunicatorContext& context,
   JAX_MOE_EP_RETURN_IF_ERROR(ToFfiError("jax_moe_ep", cudaGetDevice(&device)));
   JAX_MOE_EP_RETURN_IF_ERROR(ToFfiError("jax_moe_ep", site->Prepare(device)));
   // Once the ranks have met, it is known whether they are one process and need to stage.
-  JAX_MOE_EP_RETURN_IF_ERROR((*arena)->Ensure(0, attributes.timeout_ns));
+  JAX_MOE_EP_RETURN_IF_ERROR((*arena)->Ensure(0, {}, attributes.timeout_ns));
   int64_t bytes = attributes.Layout((*arena)->is_one_process()).total;
-  JAX_MOE_EP_RETURN_IF_ERROR((*arena)->Ensure(HalfBytes(bytes), attributes.timeout_ns));
+  JAX_MOE_EP_RETURN_IF_ERROR(
+      (*arena)->Ensure(HalfBytes(bytes), Largest(arguments), attributes.timeout_ns));
   return Arena::CheckOthers();
 }
 
@@ -132,7 +145,6 @@ ffi::ErrorOr<GroupView> MakeView(const Arena& arena,
   }
   int64_t bytes = attributes.Layout(arena.is_one_process()).total;
   GroupView view = arena.View(HalfBytes(bytes));
-  view.is_one_process &= !attributes.force_staged;
   view.timeout_ns = attributes.timeout_ns;
   view.launch = site->launch(device);
   view.signature = {static_cast<Op>(attributes.op),

@@ -76,6 +76,7 @@ ffi::Error RequestGroup(CommunicatorContext& context, const GroupAttributes& att
 // the sticky error of any other group.
 ffi::Error InitializeGroup(CommunicatorContext& context,
                            CallSite* site,
+                           const ffi::RemainingArgs& arguments,
                            const GroupAttributes& attributes);
 
 // This rank's, in any stage after Prepare.

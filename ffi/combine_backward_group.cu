@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(kTeams* kThreads, 1)
   __shared__ uint64_t epoch;
   __shared__ int64_t claims[kTeams];
   __shared__ float partial[kTeams][BackwardTeam::kWarps][kWeightsAtOnce];
-  if (threadIdx.x == 0) epoch = Begin(p.group, true, nullptr);
+  if (threadIdx.x == 0) epoch = Begin(p.group, true);
   __syncthreads();
   if (epoch != kAborted) {
     StageGradients(p, epoch);
@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(kTeams* kThreads, 1)
     int64_t num_workers = int64_t{gridDim.x} * kTeams * BackwardTeam::kWarps;
     char* dy = reinterpret_cast<char*>(p.dy);
     ZeroRowsByWarp(p.plan, dy, p.hidden * sizeof(T), worker, num_workers);
-    if (is_last) Finish(p.group, epoch, p.group.is_one_process);
+    if (is_last) Finish(p.group, epoch, p.group.is_read_in_place());
   }
   End(p.group, [&] {
     PoisonByBlock(p.dy, p.plan.capacity * p.hidden * sizeof(T));
@@ -145,7 +145,7 @@ cudaError_t LaunchGroupCombineBackward(const GroupView& group,
     params.dweights = arrays.dweights;
     params.hidden = arrays.row_bytes / static_cast<int64_t>(sizeof(T));
     params.num_dout_chunks =
-        group.is_one_process ? 0 : NumChunks(plan.num_tokens * arrays.row_bytes);
+        group.is_read_in_place() ? 0 : NumChunks(plan.num_tokens * arrays.row_bytes);
     if (limits.has_bulk_copy && plan.top_k <= kMaxBulkTopK) {
       GroupCombineBackwardBulkKernel<T>
           <<<limits.num_sms, kRingThreads, kRingBytes, stream>>>(params);

@@ -47,7 +47,7 @@ __device__ void StageGradients(const GroupBackwardParams<T>& p, uint64_t epoch) 
   uint4* to = reinterpret_cast<uint4*>(Half(p.group, p.group.rank, epoch) + p.layout.staging);
   int64_t vectors = p.plan.num_tokens * (p.hidden / Vec<T>::kSize);
   int64_t num_chunks = p.num_table_chunks() + p.num_dout_chunks;
-  Stage(p.group, epoch, p.dout, num_chunks, [&](int64_t chunk) {
+  Stage(p.group, epoch, num_chunks, [&](int64_t chunk) {
     if (chunk < p.num_table_chunks()) {
       PushWeights(p.group, p.layout, p.plan, p.weights, epoch, chunk);
     } else {

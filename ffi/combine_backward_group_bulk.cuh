@@ -253,7 +253,7 @@ __global__ void __launch_bounds__(kRingThreads, 1)
     zeros[i] = make_uint4(0, 0, 0, 0);
   }
   ptx::FenceProxyAsyncShared();
-  if (threadIdx.x == 0) epoch = Begin(p.group, true, nullptr);
+  if (threadIdx.x == 0) epoch = Begin(p.group, true);
   __syncthreads();
   if (epoch != kAborted) {
     StageGradients(p, epoch);
@@ -270,7 +270,7 @@ __global__ void __launch_bounds__(kRingThreads, 1)
                      Complete(&p.group.launch->done, chunks, p.num_table_chunks());
       if (is_last) {
         TellConsumed(p.group, epoch);
-        Finish(p.group, epoch, p.group.is_one_process);
+        Finish(p.group, epoch, p.group.is_read_in_place());
       }
     } else {
       BackwardReader ring(tiles, rings);

@@ -113,10 +113,10 @@ __global__ void __launch_bounds__(kRingThreads, 1)
   rings.Init();
   ptx::FenceProxyAsyncShared();
   int64_t num_chunks = p.weights ? NumWarpChunks(p.plan.num_tokens * p.plan.top_k) : 0;
-  if (threadIdx.x == 0) epoch = Begin(p.group, num_chunks > 0, nullptr);
+  if (threadIdx.x == 0) epoch = Begin(p.group, num_chunks > 0);
   __syncthreads();
   if (epoch != kAborted) {
-    Stage(p.group, epoch, nullptr, num_chunks, [&](int64_t chunk) {
+    Stage(p.group, epoch, num_chunks, [&](int64_t chunk) {
       PushWeights(p.group, p.layout, p.plan, p.weights, epoch, chunk);
     });
     if (FillsRing()) {

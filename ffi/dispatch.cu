@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(kInGroup ? kGroupVectorThreads : kVectorThread
   int64_t worker = (int64_t{blockIdx.x} * blockDim.x + threadIdx.x) / kWarpSize;
   WarpItems<kInGroup> items(p, worker, num_workers);
   if constexpr (kInGroup) {
-    if (threadIdx.x == 0) epoch = Begin(p.group, p.num_chunks > 0, p.x);
+    if (threadIdx.x == 0) epoch = Begin(p.group, p.num_chunks > 0);
     __syncthreads();
   }
   if (!kInGroup || epoch != kAborted) {
@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(kInGroup ? kGroupVectorThreads : kVectorThread
     if constexpr (kInGroup) is_last = CompleteItems(p, epoch, count);
     __syncwarp();
     ZeroRowsByWarp(p.plan, p.rows, p.row_bytes, worker, num_workers);
-    if (is_last) Finish(p.group, epoch, p.group.is_one_process);
+    if (is_last) Finish(p.group, epoch, p.group.is_read_in_place());
   }
   if constexpr (kInGroup) {
     End(p.group, [&] { PoisonByBlock(p.rows, p.plan.capacity * p.row_bytes); });
@@ -143,7 +143,7 @@ cudaError_t LaunchGroupDispatch(const GroupView& group,
   params.group = group;
   params.order = {plan.num_tokens, std::min(plan.num_tokens, kLead)};
   params.staging_offset = layout.staging;
-  params.must_stage = !group.is_one_process;
+  params.must_stage = !group.is_read_in_place();
   return Launch<true>(limits, params, stream);
 }
 

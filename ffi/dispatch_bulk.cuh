@@ -114,7 +114,7 @@ __device__ __noinline__ Ring StageByBulk(const DispatchParams& p, uint64_t epoch
         ptx::BulkStore(to + tile * p.tile_bytes, ring.Data(p, stage), size(tile));
       });
   ptx::BulkWaitAll();
-  CompleteStaging(p.group, epoch, nullptr, count, p.num_chunks);
+  CompleteStaging(p.group, epoch, count, p.num_chunks);
   ring.loaded = 0;
   return ring;
 }
@@ -148,7 +148,7 @@ __global__ void __launch_bounds__(kMoveWarps* kWarpSize, 1)
   int64_t worker = int64_t{warp} * gridDim.x + blockIdx.x;
   int64_t num_workers = int64_t{gridDim.x} * kMoveWarps;
   WarpItems<kInGroup> items(p, worker, num_workers);
-  if (kInGroup && threadIdx.x == 0) epoch = Begin(p.group, p.num_chunks > 0, p.x);
+  if (kInGroup && threadIdx.x == 0) epoch = Begin(p.group, p.num_chunks > 0);
   ptx::FenceProxyAsyncShared();
   __syncthreads();
   if (!kInGroup || epoch != kAborted) {
@@ -165,7 +165,7 @@ __global__ void __launch_bounds__(kMoveWarps* kWarpSize, 1)
     }
     ptx::BulkCommitGroup();
     ptx::BulkWaitAll();
-    if (is_last) Finish(p.group, epoch, p.group.is_one_process);
+    if (is_last) Finish(p.group, epoch, p.group.is_read_in_place());
   }
   if constexpr (kInGroup) {
     End(p.group, [&] { PoisonByBlock(p.rows, p.plan.capacity * p.row_bytes); });

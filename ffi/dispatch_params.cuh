@@ -111,7 +111,7 @@ struct WarpItems<true> {
 __device__ void StageX(const DispatchParams& p, uint64_t epoch) {
   uint4* to = reinterpret_cast<uint4*>(Half(p.group, p.group.rank, epoch) + p.staging_offset);
   int64_t vectors = p.plan.num_tokens * (p.row_bytes / kVecBytes);
-  Stage(p.group, epoch, nullptr, p.num_chunks, [&](int64_t chunk) {
+  Stage(p.group, epoch, p.num_chunks, [&](int64_t chunk) {
     CopyChunk(reinterpret_cast<const uint4*>(p.x), to, chunk, vectors);
   });
 }

@@ -33,7 +33,7 @@ ffi::Error GatherImpl(cudaStream_t stream,
   auto view = MakeView(**arena, site, attributes, attributes.row_bytes);
   if (!view.has_value()) return view.error();
   GatherArrays arrays{1, bytes, {x.untyped_data()}, {out->untyped_data()}};
-  RegionLayout layout = attributes.Layout(view->is_one_process);
+  RegionLayout layout = attributes.Layout((*arena)->is_one_process());
   return ToFfiError(kOp, LaunchGroupGather(*view, layout, arrays, limits.num_sms, stream));
 }
 

@@ -86,7 +86,7 @@ __device__ bool Copy(const GatherParams<Unit>& p, uint64_t epoch, int64_t item) 
 
 template <typename Unit>
 __device__ void GatherByClaims(const GatherParams<Unit>& p, uint64_t epoch) {
-  Stage(p.group, epoch, nullptr, p.num_chunks(), [&](int64_t chunk) {
+  Stage(p.group, epoch, p.num_chunks(), [&](int64_t chunk) {
     Push(p, epoch, Chunk<Unit>::Loaded(p, chunk), OwnOut(p, chunk));
   });
   int64_t count = 0;
@@ -113,7 +113,7 @@ __device__ bool GatherByBlock(const GatherParams<Unit>& p, uint64_t epoch, Chunk
     piece = Chunk<Unit>::Loaded(p, chunk);
   }
   __syncthreads();
-  if (threadIdx.x == 0) Publish(p.group, epoch, nullptr);
+  if (threadIdx.x == 0) Publish(p.group, epoch);
   bool is_done = true;
   for (int64_t item = warp; is_done && item < p.num_items(); item += kWarps) {
     is_done = Copy(p, epoch, item);
@@ -134,7 +134,7 @@ __global__ void __launch_bounds__(kThreads)
   __shared__ uint64_t epoch;
   // What a warp of a block alone pushes first, loaded before the call begins.
   Chunk<Unit> first = Chunk<Unit>::Loaded(p, threadIdx.x / kWarpSize);
-  if (threadIdx.x == 0) epoch = Begin(p.group, true, nullptr);
+  if (threadIdx.x == 0) epoch = Begin(p.group, true);
   __syncthreads();
   if (epoch != kAborted) {
     if constexpr (kIsAlone) {

@@ -24,7 +24,7 @@ using Owners = ffi::Buffer<ffi::S32, 2>;
 
 // What every Execute needs: the plan, limits, and the view of its group.
 struct Call {
-  const Arena* arena;
+  Arena* arena;
   RowsPlan plan;
   LaunchLimits limits;
   GroupView view;
@@ -74,15 +74,18 @@ ffi::Error MakeCall(const char* op,
   if (!view.has_value()) return view.error();
   call->arena = *arena;
   call->view = *view;
-  call->layout = attributes.Layout(view->is_one_process, row_bytes);
+  call->layout = attributes.Layout((*arena)->is_one_process(), row_bytes);
   return ffi::Error::Success();
 }
 
-// An error when peers read the argument in place, but cannot. All ranks run one program, so that it
-// is an error of all, before any of them launches the call.
-ffi::Error CheckReadInPlace(const Call& call, const char* what, const void* argument) {
-  if (!call.view.is_one_process) return ffi::Error::Success();
-  return call.arena->CheckPeersCanRead(what, argument);
+// Lets peers read the argument in place, where they can. All ranks run one program, so that an
+// error is one of all, before any of them launches the call.
+ffi::Error Publish(Call* call,
+                   const GroupAttributes& attributes,
+                   const char* what,
+                   const void* argument) {
+  if (attributes.force_staged) return ffi::Error::Success();
+  return call->arena->Publish(what, argument, &call->view);
 }
 
 template <typename Buffer>
@@ -96,8 +99,11 @@ ffi::Error PrepareImpl(CommunicatorContext context, GroupAttributes attributes) 
   return RequestGroup(context, attributes);
 }
 
-ffi::Error InitializeImpl(CommunicatorContext context, CallSite* site, GroupAttributes attributes) {
-  return InitializeGroup(context, site, attributes);
+ffi::Error InitializeImpl(CommunicatorContext context,
+                          CallSite* site,
+                          ffi::RemainingArgs arguments,
+                          GroupAttributes attributes) {
+  return InitializeGroup(context, site, arguments, attributes);
 }
 
 // One payload of a pytree after the other, each a call of its own.
@@ -136,7 +142,7 @@ ffi::Error DispatchImpl(cudaStream_t stream,
     JAX_MOE_EP_RETURN_IF_ERROR(
         CheckRows(kDispatch, "rows", **out, call.plan.capacity, RowBytes(*in)));
     JAX_MOE_EP_RETURN_IF_ERROR(
-        CheckReadInPlace(call, "jax_moe_ep.dispatch: x", in->untyped_data()));
+        Publish(&call, attributes, "jax_moe_ep.dispatch: x", in->untyped_data()));
     JAX_MOE_EP_RETURN_IF_ERROR(ToFfiError(kDispatch,
                                           LaunchGroupDispatch(call.view,
                                                               call.layout,
@@ -232,8 +238,8 @@ ffi::Error CombineBackwardImpl(cudaStream_t stream,
   for (const TokenWeights& each : {weights, *dweights}) {
     JAX_MOE_EP_RETURN_IF_ERROR(CheckDims(kBackward, "weights", each, {num_tokens, top_k}));
   }
-  JAX_MOE_EP_RETURN_IF_ERROR(CheckReadInPlace(
-      call, "jax_moe_ep.combine: the gradient of its result", dout.untyped_data()));
+  JAX_MOE_EP_RETURN_IF_ERROR(Publish(
+      &call, attributes, "jax_moe_ep.combine: the gradient of its result", dout.untyped_data()));
   CombineBackwardArrays arrays{type,
                                owners.typed_data(),
                                dout.untyped_data(),
@@ -271,6 +277,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(GroupInitializeFfi,
                               ffi::Ffi::Bind<ffi::ExecutionStage::kInitialize>()
                                   .Ctx<ffi::Extension<Collectives>>()
                                   .Ctx<ffi::State<CallSite>>()
+                                  .RemainingArgs()
                                   .Attrs<GroupAttributes>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(GroupDispatchFfi,

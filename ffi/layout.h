@@ -36,7 +36,7 @@ struct CallSignature {
 // What a rank tells each peer when its data can be read.
 struct CallRecord {
   CallSignature signature;
-  const char* address;  // of x when the group is one process
+  const char* address;  // of x where this peer can read it, or null: it is staged
 };
 
 // Effects that tests ask for, on one rank.
@@ -100,11 +100,16 @@ struct Failure {
   CallSignature theirs;
 };
 
+#ifdef __CUDACC__
+#define JAX_MOE_EP_HOST_DEVICE __host__ __device__
+#else
+#define JAX_MOE_EP_HOST_DEVICE
+#endif
+
 // A group as a kernel of one rank sees it. num_ranks = 1: all else is unused.
 struct GroupView {
   int num_ranks;
   int rank;
-  bool is_one_process;  // peers read x where XLA has it
   uint64_t timeout_ns;
   int64_t half_bytes;  // of a region
   CallSignature signature;
@@ -112,13 +117,16 @@ struct GroupView {
   Failure* failure;
   Control* controls[kMaxRanks];
   char* regions[kMaxRanks];
+  const char* published[kMaxRanks];  // x as each peer has it mapped, or null: x must be staged
+
+  // Whether peers read this rank's x where XLA has it.
+  JAX_MOE_EP_HOST_DEVICE bool is_read_in_place() const { return published[rank] != nullptr; }
 };
 
-#ifdef __CUDACC__
-#define JAX_MOE_EP_HOST_DEVICE __host__ __device__
-#else
-#define JAX_MOE_EP_HOST_DEVICE
-#endif
+// What cudaMalloc and cudaIpc deal in.
+inline int64_t RoundToAllocation(int64_t bytes) {
+  return (bytes + kAllocationBytes - 1) / kAllocationBytes * kAllocationBytes;
+}
 
 JAX_MOE_EP_HOST_DEVICE inline int64_t AlignPart(int64_t bytes) {
   return (bytes + kPartAlignment - 1) / kPartAlignment * kPartAlignment;

@@ -1,42 +1,18 @@
 #include "meeting.h"
 
 #include <cuda_runtime.h>
-#include <unistd.h>
 
-#include <chrono>
 #include <cstdio>
 #include <cstdlib>
-#include <cstring>
-#include <random>
-#include <thread>
 #include <utility>
+
+#include "identity.h"
 
 namespace jax_moe_ep {
 namespace {
 
 #define JAX_MOE_EP_RETURN_IF_CUDA_ERROR(expression) \
   JAX_MOE_EP_RETURN_IF_ERROR(ToFfiError("jax_moe_ep", (expression)))
-
-uint64_t RandomBits() {
-  std::random_device device;
-  return uint64_t{device()} << 32 | device();
-}
-
-uint64_t ProcessToken() {
-  static const uint64_t token = RandomBits();
-  return token;
-}
-
-// Equal for processes of one running kernel, in containers too.
-uint64_t HostToken() {
-  char text[64] = {};
-  if (FILE* file = fopen("/proc/sys/kernel/random/boot_id", "r")) {
-    if (fgets(text, sizeof(text), file) == nullptr) text[0] = 0;
-    fclose(file);
-  }
-  if (text[0] == 0) gethostname(text, sizeof(text) - 1);
-  return std::hash<std::string>{}(text);
-}
 
 // An error that is told in words must not be found again by a later check of the last error.
 std::string Text(cudaError_t status) {
@@ -72,80 +48,20 @@ struct Meeting::Hello {
 };
 
 ffi::Error Meeting::Start(NcclComm* comm, int device) {
-  std::string why_not;
-  const NcclApi* nccl = GetNcclApi(&why_not);
-  if (nccl == nullptr) return Internal("jax_moe_ep: " + why_not);
-  if (nccl->comm_count(comm, &num_ranks_) != kNcclSuccess ||
-      nccl->comm_user_rank(comm, &rank_) != kNcclSuccess) {
-    return Internal("jax_moe_ep: NCCL does not know the group's communicator");
-  }
-  if (num_ranks_ > kMaxRanks) {
-    return Internal("jax_moe_ep: an EP group has " + std::to_string(num_ranks_) +
-                    " ranks, the CUDA kernels support " + std::to_string(kMaxRanks) +
-                    "; use implementation='reference'");
-  }
-  comm_ = comm;
-  device_ = device;
-  JAX_MOE_EP_RETURN_IF_CUDA_ERROR(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking));
-  JAX_MOE_EP_RETURN_IF_CUDA_ERROR(cudaMalloc(&unread_, sizeof(uint32_t)));
-  JAX_MOE_EP_RETURN_IF_CUDA_ERROR(
-      cudaHostAlloc(&mirror_, (num_ranks_ + 1) * sizeof(Hello), cudaHostAllocDefault));
-  return ToFfiError("jax_moe_ep", cudaMalloc(&buffer_, (num_ranks_ + 1) * sizeof(Hello)));
-}
-
-// After giving up, the exchange is still waiting on the stream, and so would all that follows.
-ffi::Error Meeting::CheckHasNotGivenUp() const {
-  if (!has_given_up_) return ffi::Error::Success();
-  return Internal(
-      "jax_moe_ep: an earlier meeting of this group did not come about, and its exchange is still "
-      "waiting. Start the processes again");
-}
-
-// The host polls instead of waiting, so that it can give up. Copies to the host must not wait for
-// it either, hence pinned memory; after giving up they are still under way, hence memory that
-// stays.
-ffi::Error Meeting::Exchange(const Hello& mine, std::vector<Hello>* all, uint64_t timeout_ns) {
-  JAX_MOE_EP_RETURN_IF_ERROR(CheckHasNotGivenUp());
-  std::string why_not;
-  const NcclApi* nccl = GetNcclApi(&why_not);
-  Hello* gathered = mirror_ + 1;
-  mirror_[0] = mine;
-  JAX_MOE_EP_RETURN_IF_CUDA_ERROR(
-      cudaMemcpyAsync(buffer_, mirror_, sizeof(Hello), cudaMemcpyHostToDevice, stream_));
-  int result = nccl->all_gather(buffer_, buffer_ + 1, sizeof(Hello), kNcclBytes, comm_, stream_);
-  if (result != kNcclSuccess) {
-    return Internal(std::string("jax_moe_ep: ncclAllGather: ") + nccl->get_error_string(result));
-  }
-  JAX_MOE_EP_RETURN_IF_CUDA_ERROR(cudaMemcpyAsync(
-      gathered, buffer_ + 1, num_ranks_ * sizeof(Hello), cudaMemcpyDeviceToHost, stream_));
-  auto start = std::chrono::steady_clock::now();
-  cudaError_t status;
-  while ((status = cudaStreamQuery(stream_)) == cudaErrorNotReady) {
-    if (std::chrono::steady_clock::now() - start > std::chrono::nanoseconds(timeout_ns)) {
-      has_given_up_ = true;
-      return Internal("jax_moe_ep: rank " + std::to_string(rank_) + " of " +
-                      std::to_string(num_ranks_) + " waited " + std::to_string(timeout_ns / 1e9) +
-                      " s for the others to meet. Do all ranks run the same program, and did all "
-                      "of them call jax_moe_ep.reset() if one did?");
-    }
-    std::this_thread::sleep_for(std::chrono::microseconds(100));
-  }
-  cudaGetLastError();  // cudaErrorNotReady, if it had to wait
-  JAX_MOE_EP_RETURN_IF_CUDA_ERROR(status);
-  all->assign(gathered, gathered + num_ranks_);
-  return ffi::Error::Success();
+  JAX_MOE_EP_RETURN_IF_ERROR(exchange_.Start(comm, device));
+  return ToFfiError("jax_moe_ep", cudaMalloc(&unread_, sizeof(uint32_t)));
 }
 
 ffi::Error Meeting::Agree(const std::string& problem, uint64_t timeout_ns) {
   Hello mine{};
   snprintf(mine.problem, sizeof(mine.problem), "%s", problem.c_str());
-  mine.device = device_;
+  mine.device = exchange_.device();
   std::vector<Hello> all;
-  JAX_MOE_EP_RETURN_IF_ERROR(Exchange(mine, &all, timeout_ns));
-  for (int rank = 0; rank < num_ranks_; ++rank) {
+  JAX_MOE_EP_RETURN_IF_ERROR(exchange_.Gather(mine, &all, timeout_ns));
+  for (int rank = 0; rank < num_ranks(); ++rank) {
     if (all[rank].problem[0] == 0) continue;
     return Internal("jax_moe_ep: the ranks of the EP group cannot meet. Rank " +
-                    std::to_string(rank) + " of " + std::to_string(num_ranks_) + " (GPU " +
+                    std::to_string(rank) + " of " + std::to_string(num_ranks()) + " (GPU " +
                     std::to_string(all[rank].device) + "): " + all[rank].problem);
   }
   return ffi::Error::Success();
@@ -156,13 +72,13 @@ std::string Meeting::Allocate(bool may_allocate, Hello* mine) {
   cudaError_t status =
       may_allocate ? cudaMalloc(&mine->address, mine->bytes) : cudaErrorMemoryAllocation;
   if (status != cudaSuccess) return OutOfMemory(mine->bytes, status);
-  status = cudaMemsetAsync(mine->address, 0, mine->bytes, stream_);
+  status = cudaMemsetAsync(mine->address, 0, mine->bytes, stream());
   if (status == cudaSuccess) {
-    char* word = mine->address + rank_ * sizeof(uint64_t);
+    char* word = mine->address + rank() * sizeof(uint64_t);
     status =
-        cudaMemcpyAsync(word, &mine->nonce, sizeof(mine->nonce), cudaMemcpyHostToDevice, stream_);
+        cudaMemcpyAsync(word, &mine->nonce, sizeof(mine->nonce), cudaMemcpyHostToDevice, stream());
   }
-  if (status == cudaSuccess) status = cudaStreamSynchronize(stream_);
+  if (status == cudaSuccess) status = cudaStreamSynchronize(stream());
   if (status != cudaSuccess) return "arena: " + Text(status);
   status = cudaIpcGetMemHandle(&mine->handle, mine->address);
   if (status != cudaSuccess) {  // only peers in other processes need it
@@ -177,22 +93,22 @@ ffi::Error Meeting::Share(int64_t bytes,
                           uint64_t timeout_ns,
                           SharedMemory* shared,
                           Peers* peers) {
-  JAX_MOE_EP_RETURN_IF_ERROR(CheckHasNotGivenUp());
+  JAX_MOE_EP_RETURN_IF_ERROR(exchange_.CheckHasNotGivenUp());
   Hello mine{};
   mine.host = HostToken();
   mine.process = ProcessToken();
   mine.nonce = RandomBits() | 1;  // not what zeroed memory holds
   mine.bytes = bytes;
-  mine.device = device_;
+  mine.device = exchange_.device();
   mine.failure = failure;
   std::string found = Allocate(problem != "out_of_memory", &mine);
   snprintf(mine.problem, sizeof(mine.problem), "%s", found.c_str());
   std::vector<Hello> all;
-  JAX_MOE_EP_RETURN_IF_ERROR(Exchange(mine, &all, timeout_ns));
+  JAX_MOE_EP_RETURN_IF_ERROR(exchange_.Gather(mine, &all, timeout_ns));
 
   // From here on all ranks take the same steps, whatever fails on one.
   shared->bytes = bytes;
-  shared->addresses[rank_] = mine.address;
+  shared->addresses[rank()] = mine.address;
   bool is_complete = true;
   for (const Hello& each : all) is_complete &= each.problem[0] == 0;
   if (problem == "no_peer_access") {
@@ -209,27 +125,27 @@ ffi::Error Meeting::Share(int64_t bytes,
 
 // What a failed meeting leaves: owners free their memory once nobody has it mapped.
 void Meeting::Release(const std::vector<Hello>& all, uint64_t timeout_ns, SharedMemory* shared) {
-  for (int peer = 0; peer < num_ranks_; ++peer) {
-    bool is_mapped = shared->addresses[peer] && all[peer].process != all[rank_].process;
+  for (int peer = 0; peer < num_ranks(); ++peer) {
+    bool is_mapped = shared->addresses[peer] && all[peer].process != all[rank()].process;
     if (is_mapped) cudaIpcCloseMemHandle(shared->addresses[peer]);
   }
   // One that cannot agree keeps its memory: freeing it would wait for the exchange.
-  if (Agree("", timeout_ns).success()) cudaFree(shared->addresses[rank_]);
+  if (Agree("", timeout_ns).success()) cudaFree(shared->addresses[rank()]);
   cudaGetLastError();
   *shared = SharedMemory{};
 }
 
 std::string Meeting::MapPeers(const std::vector<Hello>& all, SharedMemory* shared, Peers* peers) {
   peers->is_one_process = true;
-  for (int peer = 0; peer < num_ranks_; ++peer) {
-    bool is_here = all[peer].process == all[rank_].process;
+  for (int peer = 0; peer < num_ranks(); ++peer) {
+    bool is_here = all[peer].process == all[rank()].process;
     peers->is_one_process &= is_here;
     peers->devices[peer] = all[peer].device;
     peers->failures[peer] = is_here ? all[peer].failure : nullptr;
   }
-  for (int peer = 0; peer < num_ranks_; ++peer) {
-    if (peer == rank_) continue;
-    std::string why = MapPeer(all[peer], all[rank_], &shared->addresses[peer]);
+  for (int peer = 0; peer < num_ranks(); ++peer) {
+    if (peer == rank()) continue;
+    std::string why = MapPeer(all[peer], all[rank()], &shared->addresses[peer]);
     if (!why.empty()) {
       return "rank " + std::to_string(peer) + " (GPU " + std::to_string(all[peer].device) +
              ") cannot be reached: " + why;
@@ -254,7 +170,7 @@ std::string Meeting::MapPeer(const Hello& hello, const Hello& mine, char** addre
     return "";
   }
   int can_access = 0;
-  cudaError_t status = cudaDeviceCanAccessPeer(&can_access, device_, hello.device);
+  cudaError_t status = cudaDeviceCanAccessPeer(&can_access, exchange_.device(), hello.device);
   if (status == cudaSuccess && can_access == 0) {
     return "no peer access between the GPUs. Use implementation='reference'";
   }
@@ -272,16 +188,16 @@ std::string Meeting::MapPeer(const Hello& hello, const Hello& mine, char** addre
 // the one before, all have mapped it.
 std::string Meeting::Prove(const std::vector<Hello>& all, const SharedMemory& shared) {
   uint64_t nonces[kMaxRanks] = {};
-  for (int peer = 0; peer < num_ranks_; ++peer) nonces[peer] = all[peer].nonce;
+  for (int peer = 0; peer < num_ranks(); ++peer) nonces[peer] = all[peer].nonce;
   uint32_t peers = 0;
-  cudaError_t status = cudaMemsetAsync(unread_, 0, sizeof(uint32_t), stream_);
+  cudaError_t status = cudaMemsetAsync(unread_, 0, sizeof(uint32_t), stream());
   if (status == cudaSuccess) {
-    status = LaunchProve(shared, nonces, num_ranks_, rank_, unread_, stream_);
+    status = LaunchProve(shared, nonces, num_ranks(), rank(), unread_, stream());
   }
   if (status == cudaSuccess) {
-    status = cudaMemcpyAsync(&peers, unread_, sizeof(peers), cudaMemcpyDeviceToHost, stream_);
+    status = cudaMemcpyAsync(&peers, unread_, sizeof(peers), cudaMemcpyDeviceToHost, stream());
   }
-  if (status == cudaSuccess) status = cudaStreamSynchronize(stream_);
+  if (status == cudaSuccess) status = cudaStreamSynchronize(stream());
   if (status != cudaSuccess) return "peer memory: " + Text(status);
   if (peers == 0) return "";
   return "the arena of rank " + std::to_string(__builtin_ctz(peers)) +
@@ -292,10 +208,10 @@ std::string Meeting::Prove(const std::vector<Hello>& all, const SharedMemory& sh
 std::string Meeting::CheckProof(const std::vector<Hello>& all, const char* own) {
   uint64_t words[kMaxRanks] = {};
   cudaError_t status =
-      cudaMemcpyAsync(words, own, num_ranks_ * sizeof(uint64_t), cudaMemcpyDeviceToHost, stream_);
-  if (status == cudaSuccess) status = cudaStreamSynchronize(stream_);
+      cudaMemcpyAsync(words, own, num_ranks() * sizeof(uint64_t), cudaMemcpyDeviceToHost, stream());
+  if (status == cudaSuccess) status = cudaStreamSynchronize(stream());
   if (status != cudaSuccess) return "arena: " + Text(status);
-  for (int peer = 0; peer < num_ranks_; ++peer) {
+  for (int peer = 0; peer < num_ranks(); ++peer) {
     if (words[peer] != all[peer].nonce) {
       return "what rank " + std::to_string(peer) + " wrote into this rank's arena is not there";
     }

@@ -11,8 +11,8 @@
 #include <vector>
 
 #include "checks.h"
+#include "exchange.h"
 #include "layout.h"
-#include "nccl_api.h"
 
 namespace jax_moe_ep {
 
@@ -33,8 +33,7 @@ struct Peers {
 // of them is an error on all. Each blocks the host for at most timeout_ns.
 class Meeting {
  public:
-  // Finds out who this rank is, and takes what a meeting needs, for good. An error unless the
-  // kernels support such a group; it is this rank's alone, and the others give up waiting.
+  // As Exchange::Start.
   ffi::Error Start(NcclComm* comm, int device);
 
   // The same error on all ranks when one of them has a problem; empty: none.
@@ -49,14 +48,13 @@ class Meeting {
                    SharedMemory* shared,
                    Peers* peers);
 
-  int num_ranks() const { return num_ranks_; }
-  int rank() const { return rank_; }
-  cudaStream_t stream() const { return stream_; }
+  Exchange& exchange() { return exchange_; }
+  int num_ranks() const { return exchange_.num_ranks(); }
+  int rank() const { return exchange_.rank(); }
+  cudaStream_t stream() const { return exchange_.stream(); }
 
  private:
   struct Hello;
-  ffi::Error CheckHasNotGivenUp() const;
-  ffi::Error Exchange(const Hello& mine, std::vector<Hello>* all, uint64_t timeout_ns);
   std::string Allocate(bool may_allocate, Hello* mine);
   std::string MapPeers(const std::vector<Hello>& all, SharedMemory* shared, Peers* peers);
   std::string MapPeer(const Hello& hello, const Hello& mine, char** address);
@@ -64,14 +62,7 @@ class Meeting {
   std::string CheckProof(const std::vector<Hello>& all, const char* own);
   void Release(const std::vector<Hello>& all, uint64_t timeout_ns, SharedMemory* shared);
 
-  NcclComm* comm_ = nullptr;
-  int device_ = 0;
-  int num_ranks_ = 0;
-  int rank_ = -1;
-  bool has_given_up_ = false;  // an exchange is still under way
-  cudaStream_t stream_ = nullptr;
-  Hello* buffer_ = nullptr;     // device: this rank's, then those of all
-  Hello* mirror_ = nullptr;     // pinned: the same
+  Exchange exchange_;
   uint32_t* unread_ = nullptr;  // device
 };
 

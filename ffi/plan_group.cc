@@ -36,8 +36,9 @@ ffi::Error PrepareImpl(CommunicatorContext context, GroupPlanAttributes attribut
 
 ffi::Error InitializeImpl(CommunicatorContext context,
                           CallSite* site,
+                          ffi::RemainingArgs arguments,
                           GroupPlanAttributes attributes) {
-  return InitializeGroup(context, site, attributes);
+  return InitializeGroup(context, site, arguments, attributes);
 }
 
 // ids and priority of this rank; those of all ranks, undefined if they are few, then the plan.
@@ -110,7 +111,7 @@ ffi::Error PlanImpl(cudaStream_t stream,
                         {all_ids->untyped_data(), all_priority->untyped_data()}};
   return ToFfiError(kOp,
                     LaunchGroupPlan(*view,
-                                    attributes.Layout(view->is_one_process),
+                                    attributes.Layout((*arena)->is_one_process()),
                                     gathered,
                                     call.shape,
                                     call.options,
@@ -131,6 +132,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(GroupPlanInitializeFfi,
                               ffi::Ffi::Bind<ffi::ExecutionStage::kInitialize>()
                                   .Ctx<ffi::Extension<Collectives>>()
                                   .Ctx<ffi::State<CallSite>>()
+                                  .RemainingArgs()
                                   .Attrs<GroupPlanAttributes>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(GroupPlanFfi,

@@ -86,7 +86,7 @@ __device__ bool Exchange(const GroupPlanParams& p, uint64_t epoch, SmallItems& i
     int num_warps = p.plan.grid.warps;
     ptx::NamedBarrier(1, num_warps * kWarpSize);
     bool is_first = threadIdx.x == source * num_warps * kWarpSize;
-    if (is_first) Publish(p.group, epoch, nullptr);
+    if (is_first) Publish(p.group, epoch);
   } else if (source < p.group.num_ranks) {
     is_there = Receive(p, epoch, items);
   }
@@ -108,7 +108,7 @@ __global__ void __launch_bounds__(kSmallThreads)
   SmallItems items(p.plan);
   if (SmallItems::Source(p.plan) == group.rank) items.Load(p.plan, p.plan.first_own());
   memory.ZeroCounters(p.plan);
-  if (threadIdx.x == 0) epoch = Begin(group, true, nullptr);
+  if (threadIdx.x == 0) epoch = Begin(group, true);
   __syncthreads();
   bool is_there = epoch != kAborted && Exchange(p, epoch, items);
   if (!is_there) items.Clear();

@@ -48,15 +48,13 @@ __device__ void TellPeers(const GroupView& group, uint64_t epoch, Flag flag) {
 }
 
 // Edge 1. The caller has seen all that the peers will read.
-static __device__ __noinline__ void Publish(const GroupView& group,
-                                            uint64_t epoch,
-                                            const void* address) {
+static __device__ __noinline__ void Publish(const GroupView& group, uint64_t epoch) {
 #pragma unroll 1
   for (int offset = 1; offset < group.num_ranks; ++offset) {
-    Control* peer = group.controls[Peer(group, offset)];
-    CallRecord* record = &peer->records[epoch & 1][group.rank];
+    int peer = Peer(group, offset);
+    CallRecord* record = &group.controls[peer]->records[epoch & 1][group.rank];
     record->signature = group.signature;
-    record->address = static_cast<const char*>(address);
+    record->address = group.published[peer];
   }
   TellPeers(group, epoch, [&](Control* peer) { return &peer->ready[group.rank]; });
   StoreReleaseDevice(&OwnControl(group)->ready[group.rank], epoch);  // for Finish
@@ -124,7 +122,7 @@ __device__ inline uint64_t BeginFirst(const GroupView& group) {
 }
 
 // One thread of each block, which passes the epoch on. kAborted: there is nothing to do but End.
-__device__ inline uint64_t Begin(const GroupView& group, bool must_stage, const void* address) {
+__device__ inline uint64_t Begin(const GroupView& group, bool must_stage) {
   LaunchState* launch = group.launch;
   uint64_t epoch;
   bool is_alone = gridDim.x == 1;
@@ -135,7 +133,7 @@ __device__ inline uint64_t Begin(const GroupView& group, bool must_stage, const 
     } else {
       StoreReleaseDevice(&launch->epoch, epoch);
     }
-    if (epoch != kAborted && !must_stage) Publish(group, epoch, address);
+    if (epoch != kAborted && !must_stage) Publish(group, epoch);
     return epoch;
   }
   // The first block gives up in time.
@@ -203,7 +201,6 @@ __device__ inline void CopyChunk(const uint4* from, uint4* to, int64_t chunk, in
 // tells the peers.
 __device__ inline void CompleteStaging(const GroupView& group,
                                        uint64_t epoch,
-                                       const void* address,
                                        int64_t count,
                                        int64_t num_chunks) {
   __syncwarp();
@@ -211,19 +208,18 @@ __device__ inline void CompleteStaging(const GroupView& group,
   // Edge 2, on the writer's side: staged or read by bulk copies, or by neither.
   ptx::FenceProxyAsync();
   int64_t before = static_cast<int64_t>(AddAcqRelDevice(&group.launch->staged, count));
-  if (before + count == num_chunks) Publish(group, epoch, address);
+  if (before + count == num_chunks) Publish(group, epoch);
 }
 
 // Every warp: copy(chunk) for chunks that are claimed until all are; then the peers are told.
 template <typename Copy>
-__device__ void Stage(
-    const GroupView& group, uint64_t epoch, const void* address, int64_t num_chunks, Copy copy) {
+__device__ void Stage(const GroupView& group, uint64_t epoch, int64_t num_chunks, Copy copy) {
   LaunchState* launch = group.launch;
   int64_t count = 0;
   for (int64_t chunk; (chunk = ClaimByWarp(group, &launch->staging)) < num_chunks; ++count) {
     copy(chunk);
   }
-  CompleteStaging(group, epoch, address, count, num_chunks);
+  CompleteStaging(group, epoch, count, num_chunks);
 }
 
 __device__ inline bool AreEqual(const CallSignature& a, const CallSignature& b) {
@@ -274,8 +270,8 @@ struct WarpReady {
 __device__ inline const char* TokensOf(
     const GroupView& group, uint64_t epoch, int source, const char* x, int64_t staging_offset) {
   if (source == group.rank) return x;
-  if (group.is_one_process) return OwnControl(group)->records[epoch & 1][source].address;
-  return Half(group, source, epoch) + staging_offset;
+  const char* address = OwnControl(group)->records[epoch & 1][source].address;
+  return address != nullptr ? address : Half(group, source, epoch) + staging_offset;
 }
 
 // Adds items that are done. True for the thread that completes all of them.

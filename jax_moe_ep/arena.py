@@ -19,7 +19,8 @@ class ArenaBytes:
 
     Attributes:
       one_process: when one process drives all GPUs of the group.
-      several_processes: when the group spans processes, which stage their tokens.
+      several_processes: when the group spans processes, with room for tokens that must be staged,
+        as those outside of a preallocated pool of XLA's.
     """
 
     one_process: int

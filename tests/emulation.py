@@ -84,7 +84,7 @@ def make_library(folder: pathlib.Path) -> pathlib.Path:
 class Way:
     """How a test runs the ranks."""
 
-    is_one_process: bool = True
+    reading: str = "in_place"  # of tokens by peers; "staged"; "mixed": by turns of ranks and calls
     has_bulk_copy: bool = True
     repeats: int = 1
     late: int | None = None  # the rank that is late first; then those before it
@@ -122,7 +122,6 @@ def job_of_rows(case, op, way, **arrays):
     job = {
         "op": OPS[op],
         "num_ranks": case.R,
-        "is_one_process": int(way.is_one_process),
         "type": TYPES.get(dtype, 0),
         "has_weights": int("weights" in arrays),
         "has_bulk_copy": int(way.has_bulk_copy),
@@ -158,6 +157,7 @@ def run_to_the_end(library, folder, job, way, **arrays):
         "odd": way.odd,
         "odd_options": 8,
         "faults": way.faults,
+        "reading": way.reading,
     }
     for name in CHANGING & arrays.keys():
         arrays[name] = np.stack(

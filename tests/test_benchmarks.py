@@ -103,6 +103,7 @@ def test_a_dry_run_writes_its_results(monkeypatch, tmp_path, capsys):
     assert {"command", "date", "devices", "commit", "versions", "xla_flags"} <= set(result)
     assert set(result["limits"]) == {"copy_TBps", "P", "P_GBps", "M"}
     assert result["limits"]["P_GBps"] == pytest.approx(100)
+    assert result["reads_in_place"] is False  # nothing moves between GPUs here
     assert list(result["seconds"]) == ["T=128"]
     assert "100.0 GB/s" in result["limits"]["P"]
     ops = ["plan", "dispatch", "combine", "dispatch_backward", "combine_backward", "round_trip"]

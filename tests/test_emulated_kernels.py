@@ -27,7 +27,7 @@ CASES = {
 PATHS = [(name, True) for name in CASES]
 PATHS += [(name, False) for name in ("two_ranks", "four_ranks", "eight_ranks", "several_tiles")]
 each_path = pytest.mark.parametrize(("name", "has_bulk_copy"), PATHS)
-each_way = pytest.mark.parametrize("is_one_process", [True, False], ids=["one", "several"])
+each_way = pytest.mark.parametrize("reading", ["in_place", "staged", "mixed"])
 
 
 def row_shape(case):
@@ -42,11 +42,11 @@ def defined(case, plan, rows):
 
 @each_path
 @each_way
-def test_dispatch(library, tmp_path, name, has_bulk_copy, is_one_process):
+def test_dispatch(library, tmp_path, name, has_bulk_copy, reading):
     """Any bits arrive in their rows; padding and a zero tail are zero. Four calls pass epochs."""
     case, maker = CASES[name], "masked" if name == "two_ranks" else "uniform"
     ids, x = make_ids(maker, case), make_bits(case.R, case.T, case.H, dtype=np.uint32)
-    way = Way(is_one_process, has_bulk_copy, repeats=4, late=0)
+    way = Way(reading, has_bulk_copy, repeats=4, late=0)
     out = ruined(*row_shape(case), dtype=np.uint32)
     plan = oracle.plan(case, ids)
     for call in run(library, tmp_path, case, "dispatch", way, ids=ids, x=x, out=out):
@@ -55,12 +55,12 @@ def test_dispatch(library, tmp_path, name, has_bulk_copy, is_one_process):
 
 
 @each_way
-def test_a_late_reader_finds_the_tokens(library, tmp_path, is_one_process):
+def test_a_late_reader_finds_the_tokens(library, tmp_path, reading):
     """All rows are on the last rank, which is late: the others need nothing of anybody, but may not
     give their tokens' memory back, or stage those of two calls later, before it has read them."""
     case = CASES["four_ranks"]
     ids, x = make_ids("one_rank", case), make_bits(case.R, case.T, case.H, dtype=np.uint32)
-    way = Way(is_one_process, repeats=4, late=case.R - 1, late_s=1.5)
+    way = Way(reading, repeats=4, late=case.R - 1, late_s=1.5)
     out = ruined(*row_shape(case), dtype=np.uint32)
     for call in run(library, tmp_path, case, "dispatch", way, ids=ids, x=x, out=out):
         want = oracle.dispatch(case, call["x"], oracle.plan(case, ids)["slots"])
@@ -69,12 +69,12 @@ def test_a_late_reader_finds_the_tokens(library, tmp_path, is_one_process):
 
 
 @each_way
-def test_every_rank_waits_for_a_slow_reader(library, tmp_path, is_one_process):
+def test_every_rank_waits_for_a_slow_reader(library, tmp_path, reading):
     """As above, with a reader that is late in each call: all others are ahead of it, the rank
     before it too."""
     case = CASES["four_ranks"]
     ids, x = make_ids("one_rank", case), make_bits(case.R, case.T, case.H, dtype=np.uint32)
-    way = Way(is_one_process, repeats=3, faults=((case.R - 1, (800_000_000, 0, 0, 0)),))
+    way = Way(reading, repeats=3, faults=((case.R - 1, (800_000_000, 0, 0, 0)),))
     out = ruined(*row_shape(case), dtype=np.uint32)
     for call in run(library, tmp_path, case, "dispatch", way, ids=ids, x=x, out=out):
         want = oracle.dispatch(case, call["x"], oracle.plan(case, ids)["slots"])
@@ -108,19 +108,23 @@ def test_combine(library, tmp_path, name, has_bulk_copy, is_weighted):
         assert_bitwise_equal(call["out"], want)
 
 
-BACKWARD = [(*path, False) for path in PATHS if path[0] != "one_expert_a_rank"]
-BACKWARD += [(name, True, True) for name in ("two_ranks", "four_ranks", "more_k_than_at_once")]
+BACKWARD = [(*path, "staged") for path in PATHS if path[0] != "one_expert_a_rank"]
+BACKWARD += [
+    (name, True, reading)
+    for name in ("two_ranks", "four_ranks", "more_k_than_at_once")
+    for reading in ("in_place", "mixed")
+]
 
 
-@pytest.mark.parametrize(("name", "has_bulk_copy", "is_one_process"), BACKWARD)
-def test_combine_backward(library, tmp_path, name, has_bulk_copy, is_one_process):
+@pytest.mark.parametrize(("name", "has_bulk_copy", "reading"), BACKWARD)
+def test_combine_backward(library, tmp_path, name, has_bulk_copy, reading):
     """dy exactly, zeros in the padding; dw within 2^-24 of the magnitudes for each addition."""
     case = CASES[name]
     ids = make_ids("masked" if name == "two_ranks" else "uniform", case)
     plan = oracle.plan(case, ids)
     y, weights = make_experts(case, plan, np.float32)
     dout = make_floats(case.R, case.T, case.H, seed=3)
-    way = Way(is_one_process, has_bulk_copy, repeats=2, late=0)
+    way = Way(reading, has_bulk_copy, repeats=2, late=0)
     calls = run(
         library,
         tmp_path,
@@ -191,7 +195,6 @@ def job_of_gather(R, T, K, row_bytes, **arrays):
         **dict.fromkeys(unused, 0),
         "op": OPS["gather"],
         "num_ranks": R,
-        "is_one_process": 1,
         "has_weights": int("weights" in arrays),
         "num_tokens": T,
         "top_k": K,

@@ -87,7 +87,6 @@ def job_of_plan(case):
         **dict.fromkeys(("has_weights", "has_bulk_copy"), 0),
         "op": OPS["plan"],
         "num_ranks": case.R,
-        "is_one_process": 1,
         "num_tokens": case.T,
         "top_k": case.K,
         "row_bytes": 4 * case.K,

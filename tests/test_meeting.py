@@ -16,8 +16,9 @@ pytestmark = needs_compiler
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory):
-    sources = [FFI / name for name in ("arena.cc", "meeting.cc", "failure.cc")]
-    sources += [NATIVE / name for name in ("fake_gpus.cc", "meetings.cc")]
+    names = ("arena", "exchange", "meeting", "pool", "mailbox", "failure")
+    sources = [FFI / f"{name}.cc" for name in names]
+    sources += [NATIVE / f"{name}.cc" for name in ("fake_gpus", "fake_driver", "meetings")]
     built = build(tmp_path_factory.mktemp("meetings"), *sources)
 
     def run(*args):
@@ -117,3 +118,58 @@ def test_memory_that_peers_do_not_map_is_an_error(program):
     said = texts(output, "module")
     assert len(said) == 3
     assert all(text.startswith("x is memory that the other GPUs of the process") for text in said)
+
+
+REGIONS = ("region", "larger region", "largest region", "last region")
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3, 8, 16])
+def test_processes_read_pools_in_place(program, num_ranks):
+    """Every rank maps that of every other, once. Allocated anew at its address it is another."""
+    output = program("pools", num_ranks)
+    assert all(texts(output, step) == ["fine"] * num_ranks for step in REGIONS)
+    mappings = num_ranks * (num_ranks - 1)
+    assert f"\nmappings: {mappings}\n" in output
+    assert f"mappings after the same again: {mappings}\n" in output
+    for place in ("first", "last", "later", "earlier", "others"):
+        assert texts(output, place) == ["in place"] * num_ranks, place
+    for place in ("unknown", "reallocated"):
+        assert texts(output, place) == ["staged"] * num_ranks, place
+
+
+def test_ranks_of_a_process_map_the_pools_of_others(program):
+    """Two processes of two ranks."""
+    output = program("pools_in_pairs", 4)
+    assert "\nmappings: 8\n" in output
+    assert texts(output, "first") == texts(output, "later") == ["in place"] * 4
+
+
+def test_an_array_alone_in_its_allocation_is_staged(program):
+    """The allocation would be kept by those who map it when the array is long gone."""
+    output = program("pools_of_one_buffer", 2)
+    assert all(texts(output, step) == ["fine"] * 2 for step in REGIONS)
+    assert "\nmappings: 0\n" in output
+    assert texts(output, "first") == texts(output, "later") == ["staged"] * 2
+
+
+def test_who_cannot_export_stages_alone(program):
+    output = program("pools_not_exported", 3)
+    assert all(texts(output, step) == ["fine"] * 3 for step in REGIONS)
+    assert texts(output, "first") == ["in place", "staged", "in place"]
+
+
+def test_all_stage_for_one_that_cannot_map(program):
+    """But that one, whom the others read."""
+    output = program("pools_not_mapped", 3)
+    assert all(texts(output, step) == ["fine"] * 3 for step in REGIONS)
+    assert "\nmappings: 4\n" in output
+    assert texts(output, "first") == ["staged", "in place", "staged"]
+
+
+def test_a_stranger_sends_no_pool(program):
+    """Names of mailboxes can be read by anybody on the host: letters without the secret that the
+    ranks told each other are thrown away."""
+    output = program("pools_and_a_stranger", 3)
+    assert int(re.search(r"^letters: (\d+)$", output, re.MULTILINE)[1]) >= 6
+    assert "\nmappings: 6\n" in output
+    assert texts(output, "first") == texts(output, "later") == ["in place"] * 3

@@ -3,6 +3,9 @@
 
 #include "fake_gpus.h"
 
+#include <unistd.h>
+
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <deque>
@@ -12,6 +15,7 @@
 #include <mutex>
 #include <string>
 
+#include "identity.h"
 #include "meeting.h"
 #include "nccl_api.h"
 
@@ -28,6 +32,7 @@ bool is_blind = false;  // proofs read something else
 
 namespace {
 thread_local int device = 0;
+thread_local int process = 0;
 thread_local cudaError_t last_error = cudaSuccess;
 
 cudaError_t Return(cudaError_t status) {
@@ -37,6 +42,7 @@ cudaError_t Return(cudaError_t status) {
 }  // namespace
 
 void SetDevice(int index) { device = index; }
+void SetProcess(int index) { process = index; }
 
 size_t NumAllocations() {
   std::lock_guard<std::mutex> lock(mutex);
@@ -142,13 +148,16 @@ cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind)
   memcpy(to, from, bytes);
   return cudaSuccess;
 }
-cudaError_t cudaIpcGetMemHandle(cudaIpcMemHandle_t*, void*) {
-  return Return(cudaErrorNotSupported);  // one process needs none
+cudaError_t cudaIpcGetMemHandle(cudaIpcMemHandle_t* handle, void* pointer) {
+  if (fake::process == 0) return Return(cudaErrorNotSupported);  // one process needs none
+  memcpy(handle, &pointer, sizeof(pointer));
+  return cudaSuccess;
 }
-cudaError_t cudaIpcOpenMemHandle(void**, cudaIpcMemHandle_t, unsigned) {
-  return Return(cudaErrorNotSupported);
+cudaError_t cudaIpcOpenMemHandle(void** pointer, cudaIpcMemHandle_t handle, unsigned) {
+  memcpy(pointer, &handle, sizeof(*pointer));
+  return cudaSuccess;
 }
-cudaError_t cudaIpcCloseMemHandle(void*) { return Return(cudaErrorNotSupported); }
+cudaError_t cudaIpcCloseMemHandle(void*) { return cudaSuccess; }
 cudaError_t cudaDeviceCanAccessPeer(int* can_access, int, int) {
   *can_access = fake::can_access_peers;
   return cudaSuccess;
@@ -203,6 +212,13 @@ int AllGather(
 const char* ErrorString(int) { return "some NCCL error"; }
 
 }  // namespace
+
+uint64_t RandomBits() {
+  static std::atomic<uint64_t> next{static_cast<uint64_t>(getpid()) << 32};
+  return ++next;
+}
+uint64_t ProcessToken() { return static_cast<uint64_t>(fake::process); }
+uint64_t HostToken() { return 1; }
 
 const NcclApi* GetNcclApi(std::string*) {
   static const NcclApi api{CommCount, CommUserRank, AllGather, ErrorString};

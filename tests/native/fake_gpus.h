@@ -20,12 +20,22 @@ std::vector<jax_moe_ep::NcclComm*> NewGroup(int num_ranks);
 
 // Of this thread.
 void SetDevice(int index);
+void SetProcess(int index);
 
 // Device allocations that nobody has freed.
 size_t NumAllocations();
 
 extern bool can_access_peers;
 extern bool is_blind;  // proofs read something else
+
+// The driver: memory as XLA's allocator takes it; another allocation at the same address; what this
+// thread can do; and mappings of pools by other processes.
+char* NewPool(size_t bytes);
+void Reallocate(char* pool);
+extern thread_local bool can_export;
+extern thread_local bool can_map;
+extern thread_local bool is_slow;  // to export
+int NumMappings();
 
 }  // namespace fake
 

@@ -54,7 +54,7 @@ using namespace jax_moe_ep;
 
 // As ranks.py lays it out.
 struct Job {
-  int64_t op, rank, num_ranks, is_one_process, type, has_weights, has_bulk_copy;
+  int64_t op, rank, num_ranks, is_one_process, is_read_in_place, type, has_weights, has_bulk_copy;
   int64_t num_tokens, top_k, num_groups, alignment, capacity, zero_tail, row_bytes;
   int64_t timeout_ns, options, half_bytes, num_sms;
   char* controls;  // [num_ranks, control_bytes()]
@@ -105,7 +105,6 @@ int run(const Job* job) {
   GroupView view{};
   view.num_ranks = num_ranks;
   view.rank = static_cast<int>(job->rank);
-  view.is_one_process = job->is_one_process;
   view.timeout_ns = job->timeout_ns;
   view.half_bytes = job->half_bytes;
   view.signature = {op,
@@ -118,6 +117,8 @@ int run(const Job* job) {
   for (int peer = 0; peer < num_ranks; ++peer) {
     view.controls[peer] = reinterpret_cast<Control*>(job->controls + peer * control_bytes());
     view.regions[peer] = job->regions + peer * 2 * job->half_bytes;
+    if (!job->is_read_in_place) continue;
+    view.published[peer] = op == Op::kCombineBackward ? job->dout : job->x;
   }
   RowsPlan plan{job->slots,
                 job->group_counts,

@@ -18,7 +18,8 @@ import time
 import numpy as np
 
 SCALARS = (
-    *("op", "rank", "num_ranks", "is_one_process", "type", "has_weights", "has_bulk_copy"),
+    *("op", "rank", "num_ranks", "is_one_process", "is_read_in_place"),
+    *("type", "has_weights", "has_bulk_copy"),
     *("num_tokens", "top_k", "num_groups", "alignment", "capacity", "zero_tail", "row_bytes"),
     *("timeout_ns", "options", "half_bytes", "num_sms"),
 )
@@ -64,7 +65,8 @@ def main():
     static = json.loads(str(given.pop("job")))
     repeats, late, late_s = (static.pop(name) for name in ("repeats", "late", "late_s"))
     odd, odd_options = (static.pop(name) for name in ("odd", "odd_options"))
-    faults = static.pop("faults")
+    faults, reading = static.pop("faults"), static.pop("reading")
+    static["is_one_process"] = int(reading == "in_place")
     num_ranks = static["num_ranks"]
     arrays = {name: share(array) for name, array in given.items()}
     controls = shared(num_ranks * library.control_bytes())
@@ -84,8 +86,10 @@ def main():
         for turn in range(repeats):
             now = {name: mine[name][turn] if name in CHANGING else mine[name] for name in mine}
             options = odd_options if rank == odd else static["options"]
+            in_place = reading == "in_place" or (reading == "mixed" and (turn + rank) % 2 == 0)
+            own = {"rank": rank, "options": options, "half_bytes": half}
             job = Job(
-                **{**static, "rank": rank, "options": options, "half_bytes": half},
+                **{**static, **own, "is_read_in_place": int(in_place)},
                 controls=controls.ctypes.data,
                 regions=regions.ctypes.data,
                 launch=launches[rank].ctypes.data,
