@@ -1,6 +1,9 @@
 """What test_group_pool.py runs as one process a GPU: dispatch, combine and their gradients of
-arrays that XLA keeps wherever the environment says. Prints what was read in place.
+arrays that XLA keeps wherever the environment says. Prints what was read in place. With the
+argument `alone` no process sees the GPU of another.
 """
+
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -62,7 +65,7 @@ def check(num_tokens, mesh):
 
 
 def main() -> None:
-    join()
+    join(sees_own_gpu_only="alone" in sys.argv)
     mesh = Mesh(np.array(jax.devices()), ("expert",))
     for num_tokens in TOKENS:
         check(num_tokens, mesh)

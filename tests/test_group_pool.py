@@ -22,11 +22,11 @@ GROWING = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
 NUM_LAUNCHES = 2 * 4 * 3
 
 
-def num_in_place(environment):
+def num_in_place(environment, *args):
     """Launches whose tokens peers read where XLA has them, in a run that is right."""
     command = [sys.executable, TESTS / "launch.py", "--num-processes", str(R), "--"]
     done = subprocess.run(
-        [*command, TESTS / "pool_process.py"],
+        [*command, TESTS / "pool_process.py", *args],
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
@@ -42,6 +42,10 @@ def num_in_place(environment):
 def test_a_preallocated_pool_is_read_in_place(way):
     """It is one allocation: all that XLA ever gives out is in it."""
     assert num_in_place(PREALLOCATED | way) == NUM_LAUNCHES
+
+
+def test_processes_that_see_one_gpu_each():
+    assert num_in_place(PREALLOCATED, "alone") == NUM_LAUNCHES
 
 
 def test_a_growing_pool_is_right():
