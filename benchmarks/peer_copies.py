@@ -1,12 +1,16 @@
 """Copies between the GPUs of this process by the copy engines, each started by the GPU that sends.
 
 That is the faster side: of four H200s each sent 370 GB/s to the others and fetched 200. JAX's
-device_put leaves no choice, and reached 250. Timed by events, with the same memory each time.
+device_put leaves no choice, and reached 250. All GPUs are held back until everything is queued, or
+what the host needs to start one after the other would count. Timed by events, with the same memory
+each time.
 """
 
+import contextlib
+import ctypes
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -22,16 +26,19 @@ Remote = Sequence[Sequence[int]]  # bytes from each GPU to each
 def peer_copies_us(devices: Sequence[jax.Device], remote: Remote) -> float:
     """Microseconds in which all send to all others at once; of the slowest, median of some runs."""
     try:
-        from cuda.bindings import runtime
+        from cuda.bindings import driver, runtime
     except ImportError:
         raise RuntimeError(
             "copies are started through NVIDIA's cuda-bindings: pip install 'cuda-bindings==13.*' "
             "for cuda13 and 12.* for cuda12"
         ) from None
+    cuda = Cuda(driver, runtime)
+    gate = Gate(cuda)
     num_ranks = len(devices)
     senders = [
         Sender(
-            runtime,
+            cuda,
+            gate,
             device,
             [
                 (devices[peer], remote[rank][peer])
@@ -42,11 +49,13 @@ def peer_copies_us(devices: Sequence[jax.Device], remote: Remote) -> float:
     ]
     times = []
     for _ in range(1 + NUM_REPEATS):
-        for sender in senders:
-            sender.start()
+        with gate.closed():
+            for sender in senders:
+                sender.start()
         times.append(max([sender.elapsed_us() for sender in senders]))
     for sender in senders:
         sender.destroy()
+    gate.destroy()
     return statistics.median(times[1:]) / NUM_COPIES
 
 
@@ -59,13 +68,55 @@ def wall_peer_copies_us(devices: Sequence[jax.Device], remote: Remote) -> float:
     return (time.perf_counter() - start) * 1e6
 
 
+class Cuda:
+    """Functions of the driver and the runtime, whose errors are exceptions."""
+
+    def __init__(self, driver: Any, runtime: Any) -> None:
+        self.driver, self.runtime = driver, runtime
+
+    def call(self, name: str, *args: Any) -> Any:
+        module = self.runtime if name.startswith("cuda") else self.driver
+        error, *result = getattr(module, name)(*args)
+        if int(error) != 0:
+            raise RuntimeError(f"{name}: {error!r}")
+        return result[0] if result else None
+
+
+class Gate:
+    """A word of host memory that streams of all GPUs wait for."""
+
+    def __init__(self, cuda: Cuda) -> None:
+        self.cuda = cuda
+        flags = cuda.runtime.cudaHostAllocPortable | cuda.runtime.cudaHostAllocMapped
+        self.address = int(cuda.call("cudaHostAlloc", 4, flags))
+        self.word = ctypes.c_uint32.from_address(self.address)
+        self.word.value = 0
+
+    @contextlib.contextmanager
+    def closed(self) -> Iterator[None]:
+        """Streams that are held in here go on when it ends, however it does."""
+        try:
+            yield
+        finally:
+            self.word.value += 1
+
+    def hold(self, stream: Any) -> None:
+        until = self.word.value + 1
+        at_least = self.cuda.driver.CUstreamWaitValue_flags.CU_STREAM_WAIT_VALUE_GEQ
+        self.cuda.call("cuStreamWaitValue32", int(stream), self.address, until, int(at_least))
+
+    def destroy(self) -> None:
+        self.cuda.call("cudaFreeHost", self.address)
+
+
 class Sender:
     """One GPU, a stream for each GPU it sends to, and the memory of both."""
 
     def __init__(
-        self, runtime: Any, device: jax.Device, targets: Sequence[tuple[jax.Device, int]]
+        self, cuda: Cuda, gate: Gate, device: jax.Device, targets: Sequence[tuple[jax.Device, int]]
     ) -> None:
-        self.runtime = runtime
+        self.call, self.gate = cuda.call, gate
+        self.kind = cuda.runtime.cudaMemcpyKind.cudaMemcpyDeviceToDevice
         self.ordinal = device.local_hardware_id
         self.copies = [(_filled(device, size), _filled(peer, size)) for peer, size in targets]
         self.call("cudaSetDevice", self.ordinal)
@@ -74,23 +125,17 @@ class Sender:
             self.call("cudaEventCreate") for _ in range(2 + len(targets))
         ]
 
-    def call(self, name: str, *args: Any) -> Any:
-        error, *result = getattr(self.runtime, name)(*args)
-        if error != self.runtime.cudaError_t.cudaSuccess:
-            raise RuntimeError(f"{name}: {error!r}")
-        return result[0] if result else None
-
     def start(self) -> None:
-        """All copies, between two events of the first stream."""
+        """All copies, between two events of the first stream, once the gate opens."""
         self.call("cudaSetDevice", self.ordinal)
+        self.gate.hold(self.streams[0])
         self.call("cudaEventRecord", self.begin, self.streams[0])
         for stream in self.streams[1:]:
             self.call("cudaStreamWaitEvent", stream, self.begin, 0)
-        kind = self.runtime.cudaMemcpyKind.cudaMemcpyDeviceToDevice
         for _ in range(NUM_COPIES):
             for (source, target), stream in zip(self.copies, self.streams, strict=True):
                 addresses = target.unsafe_buffer_pointer(), source.unsafe_buffer_pointer()
-                self.call("cudaMemcpyAsync", *addresses, source.nbytes, kind, stream)
+                self.call("cudaMemcpyAsync", *addresses, source.nbytes, self.kind, stream)
         for stream, done in zip(self.streams, self.done, strict=True):
             self.call("cudaEventRecord", done, stream)
             self.call("cudaStreamWaitEvent", self.streams[0], done, 0)

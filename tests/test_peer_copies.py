@@ -2,6 +2,7 @@
 
 # ruff: noqa: N802, N815 (CUDA's names)
 
+import ctypes
 import enum
 import sys
 import types
@@ -14,8 +15,10 @@ from benchmarks import peer_copies
 
 class Runtime:
     """cuda.bindings.runtime; a copy takes a microsecond a byte. A stream that the host waits for is
-    100 behind the others then. Streams and events are used with their device current alone."""
+    100 behind the others then. Streams and events are used with their device current alone. Copies
+    are queued while a word of the host holds the GPU back, and are waited for when it does not."""
 
+    cudaHostAllocPortable, cudaHostAllocMapped = 1, 2
     cudaMemcpyKind = types.SimpleNamespace(cudaMemcpyDeviceToDevice=3)
 
     class cudaError_t(enum.IntEnum):  # noqa: N801
@@ -31,6 +34,19 @@ class Runtime:
         self.stream_devices, self.event_devices = [], []
         self.waited = set()
         self.destroyed = 0
+        self.word = (ctypes.c_uint32 * 2)(7, 7)  # the first is the gate's
+        self.held_until = {}  # of each device
+
+    def cudaHostAlloc(self, num_bytes, flags):
+        assert (num_bytes, flags) == (4, 3)
+        self.held_until.clear()
+        return self.done(ctypes.addressof(self.word))
+
+    def cudaFreeHost(self, address):
+        assert address == ctypes.addressof(self.word)
+        assert self.word[1] == 7
+        self.destroyed += 1
+        return self.done()
 
     def done(self, *result):
         return (self.cudaError_t.cudaSuccess, *result)
@@ -64,12 +80,14 @@ class Runtime:
         if kind != 3:
             return (self.cudaError_t.cudaErrorInvalidValue,)
         assert self.stream_devices[stream] == self.device
+        assert self.word[0] < self.held_until[self.device]
         self.copies.append((self.device, target, source, num_bytes))
         self.now[stream] += num_bytes
         return self.done()
 
     def cudaEventSynchronize(self, event):
         self.waited.add(event)
+        assert self.word[0] >= max(self.held_until.values())
         self.now[self.recorded_on[event]] += 100
         return self.done()
 
@@ -86,11 +104,26 @@ class Runtime:
         return self.done()
 
 
+class Driver:
+    """cuda.bindings.driver beside it."""
+
+    CUstreamWaitValue_flags = types.SimpleNamespace(CU_STREAM_WAIT_VALUE_GEQ=0)
+
+    def __init__(self, runtime):
+        self.runtime = runtime
+
+    def cuStreamWaitValue32(self, stream, address, value, flags):
+        assert (address, flags) == (ctypes.addressof(self.runtime.word), 0)
+        assert self.runtime.stream_devices[stream] == self.runtime.device
+        self.runtime.held_until[self.runtime.device] = value
+        return (0,)
+
+
 @pytest.fixture
 def runtime(monkeypatch):
     made = Runtime()
     module = types.ModuleType("cuda.bindings")
-    module.runtime = made
+    module.runtime, module.driver = made, Driver(made)
     monkeypatch.setitem(sys.modules, "cuda", types.ModuleType("cuda"))
     monkeypatch.setitem(sys.modules, "cuda.bindings", module)
     return made
@@ -117,7 +150,7 @@ def test_every_gpu_sends_to_all_others_and_the_slowest_counts(runtime, monkeypat
         found = [(made[target][0], num_bytes) for _, target, _, num_bytes in sent]
         others = [(rank + 1) % 3, (rank + 2) % 3]  # each begins with another one
         assert found == [(devices[peer], remote[rank][peer]) for peer in others] * turns
-    assert runtime.destroyed == len(runtime.now) + len(runtime.times)
+    assert runtime.destroyed == len(runtime.now) + len(runtime.times) + 1
     assert peer_copies.peer_copies_us(devices[:2], [[0, 0], [0, 0]]) == pytest.approx(16)
 
 
@@ -125,6 +158,7 @@ def test_a_call_that_fails_is_named(runtime):
     runtime.cudaMemcpyKind = types.SimpleNamespace(cudaMemcpyDeviceToDevice=4)
     with pytest.raises(RuntimeError, match=r"cudaMemcpyAsync: .*cudaErrorInvalidValue"):
         peer_copies.peer_copies_us(DEVICES[:2], [[0, 1], [1, 0]])
+    assert runtime.word[0] == 1  # no stream is left waiting
 
 
 def test_without_cudas_bindings(monkeypatch):
