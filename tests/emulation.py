@@ -84,7 +84,9 @@ def make_library(folder: pathlib.Path) -> pathlib.Path:
 class Way:
     """How a test runs the ranks."""
 
-    reading: str = "in_place"  # of tokens by peers; "staged"; "mixed": by turns of ranks and calls
+    reading: str = (
+        "in_place"  # of tokens by peers; "staged"; "mixed": ranks by turns, two calls each
+    )
     has_bulk_copy: bool = True
     repeats: int = 1
     late: int | None = None  # the rank that is late first; then those before it

@@ -86,7 +86,7 @@ def main():
         for turn in range(repeats):
             now = {name: mine[name][turn] if name in CHANGING else mine[name] for name in mine}
             options = odd_options if rank == odd else static["options"]
-            in_place = reading == "in_place" or (reading == "mixed" and (turn + rank) % 2 == 0)
+            in_place = reading == "in_place" or (reading == "mixed" and (turn // 2 + rank) % 2 == 0)
             own = {"rank": rank, "options": options, "half_bytes": half}
             job = Job(
                 **{**static, **own, "is_read_in_place": int(in_place)},
