@@ -102,7 +102,7 @@ ffi::Error Arena::CheckOthers() {
   return texts.empty() ? ffi::Error::Success() : Internal(std::move(texts.front()));
 }
 
-ffi::Error Arena::Ensure(int64_t half_bytes, const XlaBuffer& buffer, uint64_t timeout_ns) {
+ffi::Error Arena::Ensure(int64_t half_bytes, const FindXlaMemory& find, uint64_t timeout_ns) {
   int64_t generation = TheRegistry().generation;
   if (control_.bytes == 0) {
     JAX_MOE_EP_RETURN_IF_ERROR(Meet(timeout_ns));
@@ -116,16 +116,15 @@ ffi::Error Arena::Ensure(int64_t half_bytes, const XlaBuffer& buffer, uint64_t t
   if (half_bytes == 0 || regions_.count(half_bytes)) return ffi::Error::Success();
   SharedMemory region;
   JAX_MOE_EP_RETURN_IF_ERROR(Share(RegionBytes(half_bytes), timeout_ns, &region));
-  if (!is_one_process()) JAX_MOE_EP_RETURN_IF_ERROR(SharePoolOf(buffer, timeout_ns));
+  if (!is_one_process()) JAX_MOE_EP_RETURN_IF_ERROR(SharePools(find(), timeout_ns));
   std::lock_guard<std::mutex> lock(TheRegistry().mutex);
   regions_[half_bytes] = region;
   return ffi::Error::Success();
 }
 
-ffi::Error Arena::SharePoolOf(const XlaBuffer& buffer, uint64_t timeout_ns) {
+ffi::Error Arena::SharePools(const XlaMemory& memory, uint64_t timeout_ns) {
   std::vector<SharedPool> pools = pools_;
-  JAX_MOE_EP_RETURN_IF_ERROR(
-      SharePool(meeting_.exchange(), buffer.address, buffer.bytes, timeout_ns, &pools));
+  JAX_MOE_EP_RETURN_IF_ERROR(SharePool(meeting_.exchange(), memory, timeout_ns, &pools));
   std::lock_guard<std::mutex> lock(TheRegistry().mutex);
   pools_ = std::move(pools);
   return ffi::Error::Success();
@@ -179,7 +178,7 @@ GroupView Arena::View(int64_t half_bytes) const {
   return view;
 }
 
-ffi::Error Arena::Publish(const char* what, const void* address, GroupView* view) {
+ffi::Error Arena::Publish(const char* what, const void* address, int64_t bytes, GroupView* view) {
   if (is_one_process()) {
     JAX_MOE_EP_RETURN_IF_ERROR(CheckPeersCanRead(what, address));
     for (int peer = 0; peer < num_ranks(); ++peer) {
@@ -187,7 +186,7 @@ ffi::Error Arena::Publish(const char* what, const void* address, GroupView* view
     }
   }
   for (const SharedPool& pool : pools_) {
-    if (pool.Publish(address, num_ranks(), view->published)) break;
+    if (pool.Publish(address, bytes, num_ranks(), view->published)) break;
   }
   num_in_place_ += view->is_read_in_place();
   return ffi::Error::Success();
@@ -221,12 +220,6 @@ std::vector<std::string> Arena::Failures() {
   return first;
 }
 
-int64_t Arena::PoolBytes() const {
-  int64_t bytes = 0;
-  for (const SharedPool& pool : pools_) bytes += pool.pool.bytes;
-  return bytes;
-}
-
 std::vector<std::map<std::string, int64_t>> Arena::List() {
   Registry& registry = TheRegistry();
   std::lock_guard<std::mutex> lock(registry.mutex);
@@ -238,7 +231,6 @@ std::vector<std::map<std::string, int64_t>> Arena::List() {
                     {"rank", arena->rank()},
                     {"num_ranks", arena->num_ranks()},
                     {"is_one_process", arena->is_one_process()},
-                    {"pool_bytes", arena->PoolBytes()},
                     {"num_in_place", arena->num_in_place_},
                     {"bytes", bytes}});
   }

@@ -12,6 +12,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <string>
 #include <vector>
@@ -23,11 +24,8 @@
 
 namespace jax_moe_ep {
 
-// Some memory of XLA's on this GPU.
-struct XlaBuffer {
-  const void* address = nullptr;
-  int64_t bytes = 0;
-};
+// What a call shows of XLA's memory, asked for when ranks of several processes meet.
+using FindXlaMemory = std::function<XlaMemory()>;
 
 class Arena {
  public:
@@ -45,8 +43,8 @@ class Arena {
 
   // Meets the peers unless all is there: the first time, after a reset, and once for each size
   // class of regions. Blocks the host until all ranks have come. With a region, peers in other
-  // processes get to read the part of XLA's pool that holds `buffer`, where that can be.
-  ffi::Error Ensure(int64_t half_bytes, const XlaBuffer& buffer, uint64_t timeout_ns);
+  // processes get to read XLA's pool, where that can be.
+  ffi::Error Ensure(int64_t half_bytes, const FindXlaMemory& find, uint64_t timeout_ns);
 
   // Whether all ranks are in this process; false before they have met.
   bool is_one_process() const { return peers_.is_one_process; }
@@ -58,7 +56,7 @@ class Arena {
   // staged, as in groups of several processes for what the peers have not mapped. In those of one
   // it is an error when peers cannot read it; `what` names it. Cheap and legal in every Execute,
   // also while a stream is captured.
-  ffi::Error Publish(const char* what, const void* address, GroupView* view);
+  ffi::Error Publish(const char* what, const void* address, int64_t bytes, GroupView* view);
 
   // For Python, about all arenas of this process.
   static std::vector<std::string> Failures();  // first those who gave up themselves
@@ -76,9 +74,8 @@ class Arena {
   ffi::Error Meet(uint64_t timeout_ns);
   ffi::Error Restart(uint64_t timeout_ns);
   ffi::Error Share(int64_t bytes, uint64_t timeout_ns, SharedMemory* shared);
-  ffi::Error SharePoolOf(const XlaBuffer& buffer, uint64_t timeout_ns);
+  ffi::Error SharePools(const XlaMemory& memory, uint64_t timeout_ns);
   ffi::Error CheckPeersCanRead(const char* what, const void* address) const;
-  int64_t PoolBytes() const;  // of XLA's that all peers in other processes read
   template <typename Write>
   static void ForEach(Write write);
   int num_ranks() const { return meeting_.num_ranks(); }
@@ -94,7 +91,7 @@ class Arena {
   SharedMemory control_;
   std::map<int64_t, SharedMemory> regions_;  // by half_bytes
   std::vector<SharedPool> pools_;            // of groups of several processes
-  std::atomic<int64_t> num_in_place_{0};     // launches whose x is read in place
+  std::atomic<int64_t> num_in_place_{0};     // calls of Execute whose x is read in place
 };
 
 // The halves of the size class that holds `bytes`: a power of two, or 0.

@@ -2,7 +2,9 @@
 
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <string>
+#include <utility>
 
 #include "combine.h"
 #include "dispatch.h"
@@ -62,15 +64,18 @@ std::vector<std::vector<int64_t>> Groups(const GroupAttributes& attributes) {
   return groups;
 }
 
-XlaBuffer Largest(const ffi::RemainingArgs& arguments) {
-  XlaBuffer largest;
+XlaMemory FindMemory(const ffi::RemainingArgs& arguments, ffi::ScratchAllocator& allocator) {
+  constexpr size_t kFewBytes = 256;
+  std::vector<std::pair<size_t, const void*>> buffers;
   for (size_t i = 0; i < arguments.size(); ++i) {
     auto buffer = arguments.get<ffi::AnyBuffer>(i);
-    if (!buffer.has_value()) continue;
-    int64_t bytes = static_cast<int64_t>(buffer->size_bytes());
-    if (bytes > largest.bytes) largest = {buffer->untyped_data(), bytes};
+    if (buffer.has_value()) buffers.emplace_back(buffer->size_bytes(), buffer->untyped_data());
   }
-  return largest;
+  std::sort(buffers.rbegin(), buffers.rend());
+  XlaMemory memory;
+  for (const auto& [bytes, address] : buffers) memory.arguments.push_back(address);
+  memory.scratch = allocator.Allocate(kFewBytes).value_or(nullptr);
+  return memory;
 }
 
 }  // namespace
@@ -119,6 +124,7 @@ ffi::ErrorOr<Arena*> GetArena(CommunicatorContext& context, const GroupAttribute
 ffi::Error InitializeGroup(CommunicatorContext& context,
                            CallSite* site,
                            const ffi::RemainingArgs& arguments,
+                           ffi::ScratchAllocator& allocator,
                            const GroupAttributes& attributes) {
   auto arena = GetArena(context, attributes);
   if (!arena.has_value()) return arena.error();
@@ -127,11 +133,11 @@ ffi::Error InitializeGroup(CommunicatorContext& context,
   int device = 0;
   JAX_MOE_EP_RETURN_IF_ERROR(ToFfiError("jax_moe_ep", cudaGetDevice(&device)));
   JAX_MOE_EP_RETURN_IF_ERROR(ToFfiError("jax_moe_ep", site->Prepare(device)));
+  auto find = [&] { return FindMemory(arguments, allocator); };
   // Once the ranks have met, it is known whether they are one process and need to stage.
-  JAX_MOE_EP_RETURN_IF_ERROR((*arena)->Ensure(0, {}, attributes.timeout_ns));
+  JAX_MOE_EP_RETURN_IF_ERROR((*arena)->Ensure(0, find, attributes.timeout_ns));
   int64_t bytes = attributes.Layout((*arena)->is_one_process()).total;
-  JAX_MOE_EP_RETURN_IF_ERROR(
-      (*arena)->Ensure(HalfBytes(bytes), Largest(arguments), attributes.timeout_ns));
+  JAX_MOE_EP_RETURN_IF_ERROR((*arena)->Ensure(HalfBytes(bytes), find, attributes.timeout_ns));
   return Arena::CheckOthers();
 }
 

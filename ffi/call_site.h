@@ -77,6 +77,7 @@ ffi::Error RequestGroup(CommunicatorContext& context, const GroupAttributes& att
 ffi::Error InitializeGroup(CommunicatorContext& context,
                            CallSite* site,
                            const ffi::RemainingArgs& arguments,
+                           ffi::ScratchAllocator& allocator,
                            const GroupAttributes& attributes);
 
 // This rank's, in any stage after Prepare.

@@ -55,16 +55,18 @@ ffi::Error Exchange::GatherBytes(const void* mine, int64_t bytes, void* all, uin
   JAX_MOE_EP_RETURN_IF_ERROR(CheckHasNotGivenUp());
   std::string why_not;
   const NcclApi* nccl = GetNcclApi(&why_not);
-  char* gathered = mirror_ + bytes;
+  // All of a place, so that ranks in different exchanges give NCCL equal sizes, too.
+  constexpr int64_t kBytes = kMaxMessageBytes;
+  char* gathered = mirror_ + kBytes;
   memcpy(mirror_, mine, bytes);
   JAX_MOE_EP_RETURN_IF_CUDA_ERROR(
-      cudaMemcpyAsync(buffer_, mirror_, bytes, cudaMemcpyHostToDevice, stream_));
-  int result = nccl->all_gather(buffer_, buffer_ + bytes, bytes, kNcclBytes, comm_, stream_);
+      cudaMemcpyAsync(buffer_, mirror_, kBytes, cudaMemcpyHostToDevice, stream_));
+  int result = nccl->all_gather(buffer_, buffer_ + kBytes, kBytes, kNcclBytes, comm_, stream_);
   if (result != kNcclSuccess) {
     return Internal(std::string("jax_moe_ep: ncclAllGather: ") + nccl->get_error_string(result));
   }
   JAX_MOE_EP_RETURN_IF_CUDA_ERROR(cudaMemcpyAsync(
-      gathered, buffer_ + bytes, num_ranks_ * bytes, cudaMemcpyDeviceToHost, stream_));
+      gathered, buffer_ + kBytes, num_ranks_ * kBytes, cudaMemcpyDeviceToHost, stream_));
   auto start = std::chrono::steady_clock::now();
   cudaError_t status;
   while ((status = cudaStreamQuery(stream_)) == cudaErrorNotReady) {
@@ -79,7 +81,9 @@ ffi::Error Exchange::GatherBytes(const void* mine, int64_t bytes, void* all, uin
   }
   cudaGetLastError();  // cudaErrorNotReady, if it had to wait
   JAX_MOE_EP_RETURN_IF_CUDA_ERROR(status);
-  memcpy(all, gathered, num_ranks_ * bytes);
+  for (int rank = 0; rank < num_ranks_; ++rank) {
+    memcpy(static_cast<char*>(all) + rank * bytes, gathered + rank * kBytes, bytes);
+  }
   return ffi::Error::Success();
 }
 

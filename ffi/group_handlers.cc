@@ -83,9 +83,10 @@ ffi::Error MakeCall(const char* op,
 ffi::Error Publish(Call* call,
                    const GroupAttributes& attributes,
                    const char* what,
-                   const void* argument) {
+                   const ffi::AnyBuffer& argument) {
   if (attributes.force_staged) return ffi::Error::Success();
-  return call->arena->Publish(what, argument, &call->view);
+  int64_t bytes = static_cast<int64_t>(argument.size_bytes());
+  return call->arena->Publish(what, argument.untyped_data(), bytes, &call->view);
 }
 
 template <typename Buffer>
@@ -101,9 +102,10 @@ ffi::Error PrepareImpl(CommunicatorContext context, GroupAttributes attributes) 
 
 ffi::Error InitializeImpl(CommunicatorContext context,
                           CallSite* site,
+                          ffi::ScratchAllocator allocator,
                           ffi::RemainingArgs arguments,
                           GroupAttributes attributes) {
-  return InitializeGroup(context, site, arguments, attributes);
+  return InitializeGroup(context, site, arguments, allocator, attributes);
 }
 
 // One payload of a pytree after the other, each a call of its own.
@@ -141,8 +143,7 @@ ffi::Error DispatchImpl(cudaStream_t stream,
     JAX_MOE_EP_RETURN_IF_ERROR(CheckRows(kDispatch, "x", *in, call.plan.num_tokens, RowBytes(*in)));
     JAX_MOE_EP_RETURN_IF_ERROR(
         CheckRows(kDispatch, "rows", **out, call.plan.capacity, RowBytes(*in)));
-    JAX_MOE_EP_RETURN_IF_ERROR(
-        Publish(&call, attributes, "jax_moe_ep.dispatch: x", in->untyped_data()));
+    JAX_MOE_EP_RETURN_IF_ERROR(Publish(&call, attributes, "jax_moe_ep.dispatch: x", *in));
     JAX_MOE_EP_RETURN_IF_ERROR(ToFfiError(kDispatch,
                                           LaunchGroupDispatch(call.view,
                                                               call.layout,
@@ -238,8 +239,8 @@ ffi::Error CombineBackwardImpl(cudaStream_t stream,
   for (const TokenWeights& each : {weights, *dweights}) {
     JAX_MOE_EP_RETURN_IF_ERROR(CheckDims(kBackward, "weights", each, {num_tokens, top_k}));
   }
-  JAX_MOE_EP_RETURN_IF_ERROR(Publish(
-      &call, attributes, "jax_moe_ep.combine: the gradient of its result", dout.untyped_data()));
+  JAX_MOE_EP_RETURN_IF_ERROR(
+      Publish(&call, attributes, "jax_moe_ep.combine: the gradient of its result", dout));
   CombineBackwardArrays arrays{type,
                                owners.typed_data(),
                                dout.untyped_data(),
@@ -277,6 +278,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(GroupInitializeFfi,
                               ffi::Ffi::Bind<ffi::ExecutionStage::kInitialize>()
                                   .Ctx<ffi::Extension<Collectives>>()
                                   .Ctx<ffi::State<CallSite>>()
+                                  .Ctx<ffi::ScratchAllocator>()
                                   .RemainingArgs()
                                   .Attrs<GroupAttributes>());
 

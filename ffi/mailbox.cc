@@ -5,6 +5,7 @@
 #include <sys/un.h>
 #include <unistd.h>
 
+#include <cerrno>
 #include <cstddef>
 #include <cstdio>
 #include <cstring>
@@ -28,7 +29,7 @@ struct Address {
   const sockaddr* get() const { return reinterpret_cast<const sockaddr*>(&address); }
 };
 
-// One letter with room for one descriptor.
+// One letter with room for one descriptor, not for the second that padding would hold.
 struct Envelope {
   iovec text;
   alignas(cmsghdr) char control[CMSG_SPACE(sizeof(int))] = {};
@@ -38,7 +39,7 @@ struct Envelope {
     message.msg_iov = &text;
     message.msg_iovlen = 1;
     message.msg_control = control;
-    message.msg_controllen = sizeof(control);
+    message.msg_controllen = CMSG_LEN(sizeof(int));
   }
 };
 
@@ -47,12 +48,8 @@ struct Envelope {
 Mailbox::Mailbox(uint64_t name) {
   int opened = socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC, 0);
   if (opened < 0) return;
-  timeval patience{kPatienceMs / 1000, kPatienceMs % 1000 * 1000};
   Address address(name);
-  bool is_ready = setsockopt(opened, SOL_SOCKET, SO_RCVTIMEO, &patience, sizeof(patience)) == 0 &&
-                  setsockopt(opened, SOL_SOCKET, SO_SNDTIMEO, &patience, sizeof(patience)) == 0 &&
-                  bind(opened, address.get(), address.size) == 0;
-  if (is_ready) {
+  if (bind(opened, address.get(), address.size) == 0) {
     socket_ = opened;
   } else {
     close(opened);
@@ -63,7 +60,16 @@ Mailbox::~Mailbox() {
   if (is_open()) close(socket_);
 }
 
-bool Mailbox::Send(uint64_t to, const Letter& letter, int descriptor) const {
+// Bounds the next call of this kind. False when the deadline has passed.
+bool Mailbox::SetTimeout(int option, Time deadline) const {
+  auto left = std::chrono::duration_cast<std::chrono::microseconds>(
+      deadline - std::chrono::steady_clock::now());
+  if (left.count() <= 0) return false;
+  timeval timeout{left.count() / 1'000'000, left.count() % 1'000'000};
+  return setsockopt(socket_, SOL_SOCKET, option, &timeout, sizeof(timeout)) == 0;
+}
+
+bool Mailbox::Send(uint64_t to, const Letter& letter, int descriptor, Time deadline) const {
   Letter copy = letter;
   Envelope envelope(&copy);
   Address address(to);
@@ -74,14 +80,23 @@ bool Mailbox::Send(uint64_t to, const Letter& letter, int descriptor) const {
   header->cmsg_type = SCM_RIGHTS;
   header->cmsg_len = CMSG_LEN(sizeof(int));
   memcpy(CMSG_DATA(header), &descriptor, sizeof(int));
-  return sendmsg(socket_, &envelope.message, MSG_NOSIGNAL) == sizeof(Letter);
+  ssize_t bytes;
+  do {  // again where a signal came between
+    if (!SetTimeout(SO_SNDTIMEO, deadline)) return false;
+    bytes = sendmsg(socket_, &envelope.message, MSG_NOSIGNAL);
+  } while (bytes < 0 && errno == EINTR);
+  return bytes == sizeof(Letter);
 }
 
-bool Mailbox::Receive(Letter* letter, int* descriptor) const {
+bool Mailbox::Receive(Letter* letter, int* descriptor, Time deadline) const {
   Envelope envelope(letter);
-  ssize_t bytes = recvmsg(socket_, &envelope.message, MSG_CMSG_CLOEXEC);
-  if (bytes < 0) return false;
   *descriptor = -1;
+  ssize_t bytes;
+  do {
+    if (!SetTimeout(SO_RCVTIMEO, deadline)) return false;
+    bytes = recvmsg(socket_, &envelope.message, MSG_CMSG_CLOEXEC);
+  } while (bytes < 0 && errno == EINTR);
+  if (bytes < 0) return false;
   const cmsghdr* header = CMSG_FIRSTHDR(&envelope.message);
   bool has_descriptor = header != nullptr && header->cmsg_level == SOL_SOCKET &&
                         header->cmsg_type == SCM_RIGHTS &&

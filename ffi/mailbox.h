@@ -3,6 +3,7 @@
 #ifndef JAX_MOE_EP_MAILBOX_H_
 #define JAX_MOE_EP_MAILBOX_H_
 
+#include <chrono>
 #include <cstdint>
 
 namespace jax_moe_ep {
@@ -25,15 +26,18 @@ class Mailbox {
 
   bool is_open() const { return socket_ >= 0; }
 
-  // False when nobody has a mailbox of that name, or it stays full for kPatienceMs.
-  bool Send(uint64_t to, const Letter& letter, int descriptor) const;
+  using Time = std::chrono::steady_clock::time_point;
 
-  // The next letter. False when none comes for kPatienceMs. *descriptor is the caller's to close.
-  bool Receive(Letter* letter, int* descriptor) const;
+  // False when nobody has a mailbox of that name, or it is full until the deadline.
+  bool Send(uint64_t to, const Letter& letter, int descriptor, Time deadline) const;
 
-  static constexpr int kPatienceMs = 5000;
+  // The next letter, of rank -1 when it is none. False when nothing comes until the deadline.
+  // *descriptor is the caller's to close, or -1.
+  bool Receive(Letter* letter, int* descriptor, Time deadline) const;
 
  private:
+  bool SetTimeout(int option, Time deadline) const;
+
   int socket_ = -1;
 };
 

@@ -11,9 +11,6 @@
 namespace jax_moe_ep {
 namespace {
 
-#define JAX_MOE_EP_RETURN_IF_CUDA_ERROR(expression) \
-  JAX_MOE_EP_RETURN_IF_ERROR(ToFfiError("jax_moe_ep", (expression)))
-
 // An error that is told in words must not be found again by a later check of the last error.
 std::string Text(cudaError_t status) {
   cudaGetLastError();

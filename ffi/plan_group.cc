@@ -36,9 +36,10 @@ ffi::Error PrepareImpl(CommunicatorContext context, GroupPlanAttributes attribut
 
 ffi::Error InitializeImpl(CommunicatorContext context,
                           CallSite* site,
+                          ffi::ScratchAllocator allocator,
                           ffi::RemainingArgs arguments,
                           GroupPlanAttributes attributes) {
-  return InitializeGroup(context, site, arguments, attributes);
+  return InitializeGroup(context, site, arguments, allocator, attributes);
 }
 
 // ids and priority of this rank; those of all ranks, undefined if they are few, then the plan.
@@ -132,6 +133,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(GroupPlanInitializeFfi,
                               ffi::Ffi::Bind<ffi::ExecutionStage::kInitialize>()
                                   .Ctx<ffi::Extension<Collectives>>()
                                   .Ctx<ffi::State<CallSite>>()
+                                  .Ctx<ffi::ScratchAllocator>()
                                   .RemainingArgs()
                                   .Attrs<GroupPlanAttributes>());
 

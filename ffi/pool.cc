@@ -3,6 +3,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <chrono>
 #include <utility>
 
 #include "driver_api.h"
@@ -64,7 +65,7 @@ char* Map(const Descriptor& descriptor, int64_t bytes, int device) {
   bool is_reserved = driver->reserve(&address, bytes, 0, 0, 0) == CUDA_SUCCESS;
   bool is_mapped = is_reserved && driver->map(address, bytes, 0, handle, 0) == CUDA_SUCCESS;
   driver->release(handle);  // the mapping holds it
-  CUmemAccessDesc access{{CU_MEM_LOCATION_TYPE_DEVICE, device}, CU_MEM_ACCESS_FLAGS_PROT_READWRITE};
+  CUmemAccessDesc access{{CU_MEM_LOCATION_TYPE_DEVICE, device}, CU_MEM_ACCESS_FLAGS_PROT_READ};
   if (is_mapped && driver->set_access(address, bytes, &access, 1) == CUDA_SUCCESS) {
     return reinterpret_cast<char*>(address);
   }
@@ -73,9 +74,29 @@ char* Map(const Descriptor& descriptor, int64_t bytes, int device) {
   return nullptr;
 }
 
+// This rank's pool, and a descriptor of it.
+struct Exported {
+  XlaPool pool;
+  Descriptor descriptor = Descriptor();
+};
+
+Exported Choose(const XlaMemory& memory) {
+  bool is_pooled =
+      memory.scratch != nullptr && XlaPool::Find(memory.scratch).bytes > kAllocationBytes;
+  if (!is_pooled) return Exported();
+  std::vector<const void*> addresses = memory.arguments;
+  addresses.push_back(memory.scratch);
+  for (const void* address : addresses) {
+    XlaPool pool = XlaPool::Find(address);
+    Descriptor descriptor = Export(pool);
+    if (descriptor.is_open()) return {pool, std::move(descriptor)};
+  }
+  return Exported();
+}
+
 // What a rank tells the others before descriptors are sent, and where it has mapped theirs after.
 struct Offer {
-  uint64_t host, process, mailbox, secret;
+  uint64_t process, mailbox, secret;
   char* base;
   int64_t bytes;
   uint64_t id;  // 0: no pool
@@ -84,63 +105,87 @@ struct Reply {
   char* mapped[kMaxRanks];
 };
 
+// How long all letters of a meeting may take.
+Mailbox::Time Deadline(uint64_t timeout_ns) {
+  constexpr uint64_t kMostNs = 5'000'000'000;
+  return std::chrono::steady_clock::now() +
+         std::chrono::nanoseconds(std::min(kMostNs, timeout_ns / 2));
+}
+
 class Delivery {
  public:
-  Delivery(const std::vector<Offer>& all, int rank, int device, const Mailbox& mailbox)
-      : all_(all), rank_(rank), device_(device), mailbox_(mailbox) {}
+  Delivery(const Exchange& exchange,
+           const std::vector<Offer>& all,
+           const std::vector<SharedPool>& pools,
+           const Mailbox& mailbox,
+           Mailbox::Time deadline)
+      : all_(all),
+        pools_(pools),
+        mailbox_(mailbox),
+        deadline_(deadline),
+        num_ranks_(exchange.num_ranks()),
+        rank_(exchange.rank()),
+        device_(exchange.device()) {}
 
-  // Every rank sends a letter and takes one by turns, so that no mailbox fills up: at most one
-  // letter a rank is under way. Whatever goes wrong leaves pools unmapped.
+  // By turns, a rank sends to the one so many places behind it and takes a letter when the one so
+  // many before it sends, so that no mailbox fills up for long. Whatever goes wrong leaves pools
+  // unmapped.
   Reply Run(const Descriptor& own) {
-    int num_ranks = static_cast<int>(all_.size()), num_expected = 0;
-    for (int rank = 0; rank < num_ranks; ++rank) {
-      if (IsHere(rank)) reply_.mapped[rank] = all_[rank].id != 0 ? all_[rank].base : nullptr;
-      num_expected += SendsToMe(rank);
+    for (int rank = 0; rank < num_ranks_; ++rank) {
+      if (IsHere(rank) && all_[rank].id != 0) reply_.mapped[rank] = all_[rank].base;
+      num_expected_ += SendsToMe(rank);
     }
     bool comes = mailbox_.is_open();
-    for (int offset = 1; offset < num_ranks; ++offset) {
-      int peer = (rank_ + offset) % num_ranks;
-      if (all_[rank_].id != 0 && !IsHere(peer) && IsOnHost(peer)) {
-        mailbox_.Send(all_[peer].mailbox, {rank_, all_[rank_].secret}, own.number());
+    for (int offset = 1; offset < num_ranks_; ++offset) {
+      int to = (rank_ + offset) % num_ranks_, from = (rank_ - offset + num_ranks_) % num_ranks_;
+      if (all_[rank_].id != 0 && !IsHere(to)) {
+        mailbox_.Send(all_[to].mailbox, {rank_, all_[rank_].secret}, own.number(), deadline_);
       }
-      if (comes && num_expected > 0) comes = Take(&num_expected);
+      if (comes && num_expected_ > 0 && SendsToMe(from)) comes = Take();
     }
-    while (comes && num_expected > 0) comes = Take(&num_expected);
+    while (comes && num_expected_ > 0) comes = Take();
     return reply_;
   }
 
  private:
   bool IsHere(int rank) const { return all_[rank].process == all_[rank_].process; }
-  bool IsOnHost(int rank) const { return all_[rank].host == all_[rank_].host; }
-  bool SendsToMe(int rank) const { return all_[rank].id != 0 && !IsHere(rank) && IsOnHost(rank); }
+  bool SendsToMe(int rank) const { return all_[rank].id != 0 && !IsHere(rank); }
 
   // False when nothing more comes. Letters of strangers are thrown away.
-  bool Take(int* num_expected) {
+  bool Take() {
     Letter letter;
     int number = -1;
-    if (!mailbox_.Receive(&letter, &number)) return false;
+    if (!mailbox_.Receive(&letter, &number, deadline_)) return false;
     Descriptor descriptor(number);
-    bool is_rank = letter.rank >= 0 && letter.rank < static_cast<int>(all_.size());
-    if (!is_rank || !SendsToMe(letter.rank) || letter.secret != all_[letter.rank].secret) {
-      return true;
+    int from = letter.rank;
+    bool is_rank = from >= 0 && from < num_ranks_ && SendsToMe(from);
+    if (!is_rank || letter.secret != all_[from].secret) return true;
+    --num_expected_;
+    reply_.mapped[from] = Known(from);
+    if (reply_.mapped[from] == nullptr) {
+      reply_.mapped[from] = Map(descriptor, all_[from].bytes, device_);
     }
-    --*num_expected;
-    reply_.mapped[letter.rank] = Map(descriptor, all_[letter.rank].bytes, device_);
     return true;
   }
 
+  // Where the rank's pool has been mapped before, or null.
+  char* Known(int rank) const {
+    for (const SharedPool& pool : pools_) {
+      if (pool.ids[rank] == all_[rank].id) return pool.here[rank];
+    }
+    return nullptr;
+  }
+
   const std::vector<Offer>& all_;
+  const std::vector<SharedPool>& pools_;
+  const Mailbox& mailbox_;
+  Mailbox::Time deadline_;
+  int num_ranks_;
   int rank_;
   int device_;
-  const Mailbox& mailbox_;
+  int num_expected_ = 0;  // letters
   Reply reply_ = {};
 };
-
-// What nothing but this rank's `bytes` bytes is in is no pool: it goes with them.
-XlaPool FindPool(const void* address, int64_t bytes) {
-  XlaPool pool = XlaPool::Find(address);
-  return pool.bytes > RoundToAllocation(bytes) ? pool : XlaPool{};
-}
 
 }  // namespace
 
@@ -156,50 +201,56 @@ XlaPool XlaPool::Find(const void* address) {
       reinterpret_cast<char*>(base), static_cast<int64_t>(bytes), AllocationId(*driver, address)};
 }
 
-bool XlaPool::Holds(const void* address) const {
+bool XlaPool::Holds(const void* address, int64_t num_bytes) const {
   const char* place = static_cast<const char*>(address);
-  return place >= base && place < base + bytes && AllocationId(*GetDriverApi(), address) == id;
+  return place >= base && place + num_bytes <= base + bytes &&
+         AllocationId(*GetDriverApi(), address) == id;
 }
 
-bool SharedPool::Publish(const void* address, int num_ranks, const char** published) const {
-  if (pool.bytes == 0 || !pool.Holds(address)) return false;
-  int64_t offset = static_cast<const char*>(address) - pool.base;
-  for (int rank = 0; rank < num_ranks; ++rank) published[rank] = mapped[rank] + offset;
+bool SharedPool::Publish(const void* address,
+                         int64_t bytes,
+                         int num_ranks,
+                         const char** published) const {
+  if (own.bytes == 0 || !own.Holds(address, bytes)) return false;
+  int64_t offset = static_cast<const char*>(address) - own.base;
+  for (int rank = 0; rank < num_ranks; ++rank) published[rank] = there[rank] + offset;
   return true;
 }
 
 ffi::Error SharePool(Exchange& exchange,
-                     const void* address,
-                     int64_t bytes,
+                     const XlaMemory& memory,
                      uint64_t timeout_ns,
                      std::vector<SharedPool>* pools) {
-  XlaPool pool = FindPool(address, bytes);
-  Descriptor exported = Export(pool);
+  Exported own = Choose(memory);
   Offer mine{
-      HostToken(), ProcessToken(), RandomBits(), RandomBits(), pool.base, pool.bytes, pool.id};
+      ProcessToken(), RandomBits(), RandomBits(), own.pool.base, own.pool.bytes, own.pool.id};
   Mailbox mailbox(mine.mailbox);
-  if (!exported.is_open() || !mailbox.is_open()) mine.id = 0;
+  if (!mailbox.is_open()) mine.id = 0;
   std::vector<Offer> all;
   JAX_MOE_EP_RETURN_IF_ERROR(exchange.Gather(mine, &all, timeout_ns));
 
   SharedPool found;
-  for (size_t rank = 0; rank < all.size(); ++rank) found.ids[rank] = all[rank].id;
+  bool has_some = false;
+  for (size_t rank = 0; rank < all.size(); ++rank) {
+    found.ids[rank] = all[rank].id;
+    has_some |= all[rank].id != 0;
+  }
   auto has_ids = [&](const SharedPool& each) {
     return std::equal(std::begin(each.ids), std::end(each.ids), std::begin(found.ids));
   };
-  bool has_none =
-      std::all_of(std::begin(found.ids), std::end(found.ids), [](uint64_t id) { return id == 0; });
-  if (has_none || std::any_of(pools->begin(), pools->end(), has_ids)) return ffi::Error::Success();
+  if (!has_some || std::any_of(pools->begin(), pools->end(), has_ids)) return ffi::Error::Success();
 
-  Reply reply = Delivery(all, exchange.rank(), exchange.device(), mailbox).Run(exported);
+  Delivery delivery(exchange, all, *pools, mailbox, Deadline(timeout_ns));
+  Reply reply = delivery.Run(own.descriptor);
   std::vector<Reply> replies;
   JAX_MOE_EP_RETURN_IF_ERROR(exchange.Gather(reply, &replies, timeout_ns));
   bool is_everywhere = mine.id != 0;
   for (size_t rank = 0; rank < all.size(); ++rank) {
-    found.mapped[rank] = replies[rank].mapped[exchange.rank()];
-    is_everywhere &= found.mapped[rank] != nullptr;
+    found.here[rank] = reply.mapped[rank];
+    found.there[rank] = replies[rank].mapped[exchange.rank()];
+    is_everywhere &= found.there[rank] != nullptr;
   }
-  if (is_everywhere) found.pool = pool;
+  if (is_everywhere) found.own = own.pool;
   pools->push_back(found);
   return ffi::Error::Success();
 }

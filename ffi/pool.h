@@ -1,13 +1,14 @@
 // XLA's memory pool, as the ranks of other processes read it.
 //
-// XLA allocates device memory in few large pieces, which the driver can pass to other processes as
-// file descriptors. A rank whose peers have mapped the piece that holds its tokens need not copy
-// them to its arena first.
+// XLA's allocator takes device memory in few large pieces, which it keeps, and which the driver can
+// pass to other processes as file descriptors. A rank whose peers have mapped the piece that holds
+// its tokens need not copy them to its arena first.
 
 #ifndef JAX_MOE_EP_POOL_H_
 #define JAX_MOE_EP_POOL_H_
 
 #include <cstdint>
+#include <vector>
 
 #include "checks.h"
 #include "exchange.h"
@@ -15,7 +16,13 @@
 
 namespace jax_moe_ep {
 
-// One allocation of this GPU's memory.
+// What a call shows of XLA's memory.
+struct XlaMemory {
+  std::vector<const void*> arguments;  // the largest first
+  const void* scratch = nullptr;       // a few bytes that the allocator has just given
+};
+
+// One allocation of the driver's.
 struct XlaPool {
   char* base = nullptr;
   int64_t bytes = 0;
@@ -24,28 +31,31 @@ struct XlaPool {
   // The one that holds an address; without bytes when the driver knows none.
   static XlaPool Find(const void* address);
 
-  // Whether the address is in this allocation, which still exists. Legal while a stream is
+  // Whether all of the bytes are in this allocation, which still exists. Legal while a stream is
   // captured.
-  bool Holds(const void* address) const;
+  bool Holds(const void* address, int64_t bytes) const;
 };
 
-// The pools that ranks have offered each other at once, and what became of this rank's.
+// The pools that ranks have offered each other at once.
 struct SharedPool {
-  XlaPool pool;                        // shared with all peers, or without bytes
-  uint64_t ids[kMaxRanks] = {};        // of all ranks' pools; 0: none
-  const char* mapped[kMaxRanks] = {};  // where each peer has this rank's
+  XlaPool own;                        // shared with all peers, or without bytes
+  const char* there[kMaxRanks] = {};  // where each rank has it mapped
+  uint64_t ids[kMaxRanks] = {};       // of all ranks' pools; 0: none
+  char* here[kMaxRanks] = {};         // where this rank has them mapped
 
-  // Writes where each rank reads the address. False when not all of them can.
-  bool Publish(const void* address, int num_ranks, const char** published) const;
+  // Writes where each rank reads the bytes. False when not all of them can.
+  bool Publish(const void* address, int64_t bytes, int num_ranks, const char** published) const;
 };
 
-// All ranks, in the same order: each offers the allocation that holds `bytes` bytes at its address,
-// unless that is all it holds, and maps those of the others; same-process peers read each other
+// All ranks, in the same order: each offers the allocation that holds the first of its arguments
+// for which the driver can, and maps those of the others; ranks of one process read each other
 // anyway. What is not among `pools` yet is added to them. What cannot be shared is no error. Blocks
 // the host; an error is that of an exchange.
+//
+// An allocator that has made an allocation for the scratch alone makes one for every array, and may
+// put another at its address later: nothing of it is offered.
 ffi::Error SharePool(Exchange& exchange,
-                     const void* address,
-                     int64_t bytes,
+                     const XlaMemory& memory,
                      uint64_t timeout_ns,
                      std::vector<SharedPool>* pools);
 

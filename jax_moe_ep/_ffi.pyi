@@ -45,9 +45,8 @@ def arena_bytes(half_bytes: int) -> int:
     """Device memory of an arena with one region of such halves."""
 
 def arenas() -> list[dict[str, int]]:
-    """The arenas of this process: device, rank, num_ranks, is_one_process and bytes; pool_bytes of
-    XLA's that all peers in other processes read; and num_in_place, the launches whose tokens peers
-    read where XLA has them."""
+    """The arenas of this process: device, rank, num_ranks, is_one_process, bytes, and
+    num_in_place: executions and captures of calls whose tokens peers read where XLA has them."""
 
 def failures() -> list[str]:
     """What failed since the last reset; first the causes, then who stopped because of them."""

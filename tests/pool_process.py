@@ -71,7 +71,7 @@ def main() -> None:
         check(num_tokens, mesh)
     ep.check()
     (arena,) = cuda.extension("test").arenas()
-    print(f"right, {arena['num_in_place']} launches in place, pool of {arena['pool_bytes']} bytes")
+    print(f"right, {arena['num_in_place']} in place")
 
 
 main()

@@ -19,11 +19,11 @@ GROWING = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
 
 
 # Of dispatch and combine's backward, which read tokens of peers: 4 sizes, 3 times.
-NUM_LAUNCHES = 2 * 4 * 3
+NUM_CALLS = 2 * 4 * 3
 
 
 def num_in_place(environment, *args):
-    """Launches whose tokens peers read where XLA has them, in a run that is right."""
+    """Executions and captures whose tokens peers read where XLA has them. The run is right."""
     command = [sys.executable, TESTS / "launch.py", "--num-processes", str(R), "--"]
     done = subprocess.run(
         [*command, TESTS / "pool_process.py", *args],
@@ -33,7 +33,7 @@ def num_in_place(environment, *args):
         timeout=240,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    told = re.search(r"right, (\d+) launches in place", done.stdout)
+    told = re.search(r"right, (\d+) in place", done.stdout)
     assert told, done.stdout
     return int(told[1])
 
@@ -41,27 +41,29 @@ def num_in_place(environment, *args):
 @pytest.mark.parametrize("way", [{}, {"JAX_MOE_EP_FORCE_VECTOR": "1"}], ids=["bulk", "vector"])
 def test_a_preallocated_pool_is_read_in_place(way):
     """It is one allocation: all that XLA ever gives out is in it."""
-    assert num_in_place(PREALLOCATED | way) == NUM_LAUNCHES
+    assert num_in_place(PREALLOCATED | way) == NUM_CALLS
 
 
 def test_processes_that_see_one_gpu_each():
-    assert num_in_place(PREALLOCATED, "alone") == NUM_LAUNCHES
+    assert num_in_place(PREALLOCATED, "alone") == NUM_CALLS
 
 
 def test_a_growing_pool_is_right():
     """Some arrays are in parts that the peers have mapped, later ones are not."""
-    assert 0 <= num_in_place(GROWING) <= NUM_LAUNCHES
+    assert 0 <= num_in_place(GROWING) <= NUM_CALLS
 
 
 @pytest.mark.parametrize(
     "environment",
     [
         {"XLA_PYTHON_CLIENT_ALLOCATOR": "platform"},
+        GROWING | {"XLA_PYTHON_CLIENT_ALLOCATOR": "vmm"},
         GROWING | {"XLA_PYTHON_CLIENT_ALLOCATOR": "cuda_async"},
         PREALLOCATED | {"JAX_MOE_EP_FORCE_STAGED": "1"},
     ],
-    ids=["platform", "cuda_async", "forced"],
+    ids=["platform", "vmm", "cuda_async", "forced"],
 )
 def test_what_cannot_be_shared_is_staged(environment):
-    """Arrays with an allocation of their own, those of the driver's pool, and what says so."""
+    """Arrays with an allocation of their own, that others may follow at its address; those of the
+    driver's pool; and what says so."""
     assert num_in_place(environment) == 0

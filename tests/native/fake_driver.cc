@@ -17,7 +17,9 @@ namespace fake {
 
 thread_local bool can_export = true;
 thread_local bool can_map = true;
-thread_local bool is_slow = false;
+thread_local bool is_slow_to_export = false;
+thread_local bool is_slow_to_import = false;
+thread_local bool exports_nothing = false;
 
 namespace {
 
@@ -39,6 +41,8 @@ const std::pair<char* const, File>* Find(CUdeviceptr pointer) {
   auto found = std::prev(next);
   return address < found->first + found->second.bytes ? &*found : nullptr;
 }
+
+void WaitLong() { std::this_thread::sleep_for(std::chrono::milliseconds(300)); }
 
 CUresult GetAddressRange(CUdeviceptr* base, size_t* bytes, CUdeviceptr address) {
   std::lock_guard<std::mutex> lock(driver_mutex);
@@ -74,17 +78,18 @@ CUresult ExportHandle(void* shareable,
                       CUmemGenericAllocationHandle handle,
                       CUmemAllocationHandleType type,
                       unsigned long long) {
-  if (is_slow) std::this_thread::sleep_for(std::chrono::milliseconds(300));
+  if (is_slow_to_export) WaitLong();
   if (!can_export || type != CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR) {
     return CUDA_ERROR_INVALID_VALUE;
   }
-  *static_cast<int*>(shareable) = dup(static_cast<int>(handle));
+  *static_cast<int*>(shareable) = exports_nothing ? 1 << 20 : dup(static_cast<int>(handle));
   return CUDA_SUCCESS;
 }
 
 CUresult ImportHandle(CUmemGenericAllocationHandle* handle,
                       void* shareable,
                       CUmemAllocationHandleType) {
+  if (is_slow_to_import) WaitLong();
   *handle = dup(static_cast<int>(reinterpret_cast<intptr_t>(shareable)));
   return CUDA_SUCCESS;
 }
@@ -137,6 +142,11 @@ char* NewPool(size_t bytes) {
 void Reallocate(char* pool) {
   std::lock_guard<std::mutex> lock(driver_mutex);
   pools.at(pool).id = ++last_id;
+}
+
+int NumPools() {
+  std::lock_guard<std::mutex> lock(driver_mutex);
+  return static_cast<int>(pools.size());
 }
 
 int NumMappings() {

@@ -34,7 +34,10 @@ char* NewPool(size_t bytes);
 void Reallocate(char* pool);
 extern thread_local bool can_export;
 extern thread_local bool can_map;
-extern thread_local bool is_slow;  // to export
+extern thread_local bool is_slow_to_export;
+extern thread_local bool is_slow_to_import;
+extern thread_local bool exports_nothing;  // descriptors that cannot be sent
+int NumPools();
 int NumMappings();
 
 }  // namespace fake

@@ -1,12 +1,18 @@
 // How ranks meet, on GPUs made of threads (fake_gpus.cc): one scenario, named by the argument,
 // whose outcome is printed for test_meeting.py.
 
+#include <signal.h>
 #include <sys/mman.h>
+#include <sys/socket.h>
+#include <sys/un.h>
+#include <time.h>
 #include <unistd.h>
 
 #include <atomic>
+#include <cstddef>
 #include <cstdio>
 #include <cstring>
+#include <filesystem>
 #include <fstream>
 #include <functional>
 #include <set>
@@ -24,6 +30,8 @@ namespace {
 constexpr uint64_t kPatience = 20'000'000'000;
 constexpr uint64_t kImpatience = 200'000'000;
 constexpr int64_t kMiB = 1 << 20;
+
+XlaMemory FindNothing() { return XlaMemory{}; }
 
 struct Group {
   std::vector<NcclComm*> comms;
@@ -56,7 +64,8 @@ struct Group {
   }
 
   std::vector<std::string> Meet(int64_t half_bytes = 0, uint64_t patience = kPatience) const {
-    return Run(everyone(), [=](Arena* arena) { return arena->Ensure(half_bytes, {}, patience); });
+    return Run(everyone(),
+               [=](Arena* arena) { return arena->Ensure(half_bytes, FindNothing, patience); });
   }
 
   Arena* ArenaOf(int rank) const {
@@ -124,8 +133,10 @@ void Fails(int num_ranks, std::function<void()> spoil, std::function<void()> men
 
 void OneStaysAway() {
   Group group(3);
-  Print("alone", group.Run({0, 2}, [](Arena* arena) { return arena->Ensure(0, {}, kImpatience); }));
-  Print("later", group.Run({0, 2}, [](Arena* arena) { return arena->Ensure(0, {}, kImpatience); }));
+  Print("alone",
+        group.Run({0, 2}, [](Arena* arena) { return arena->Ensure(0, FindNothing, kImpatience); }));
+  Print("later",
+        group.Run({0, 2}, [](Arena* arena) { return arena->Ensure(0, FindNothing, kImpatience); }));
 }
 
 void Resets() {
@@ -189,7 +200,7 @@ void ReadsInPlace(int num_ranks) {
   auto read = [&](const char* what, auto address) {
     Print(what, group.Run(group.everyone(), [&](Arena* arena) {
       GroupView view = arena->View(0);
-      ffi::Error error = arena->Publish("x", address(arena), &view);
+      ffi::Error error = arena->Publish("x", address(arena), 1, &view);
       int device = -1;
       cudaGetDevice(&device);
       for (int peer = 0; error.success() && peer < view.num_ranks; ++peer) {
@@ -209,9 +220,9 @@ void ReadsInPlace(int num_ranks) {
 
 // What a rank's peers read of an address of its pool: "in place" when each, by the address that is
 // published for it, finds what the rank writes there; "staged" when none is published.
-std::string Read(Arena* arena, char* address) {
+std::string Read(Arena* arena, char* address, int64_t bytes) {
   GroupView view = arena->View(0);
-  ffi::Error error = arena->Publish("x", address, &view);
+  ffi::Error error = arena->Publish("x", address, bytes, &view);
   if (error.failure()) return error.message();
   if (!view.is_read_in_place()) return "staged";
   bool is_right = true, is_mapped = false;
@@ -226,31 +237,49 @@ std::string Read(Arena* arena, char* address) {
   return is_mapped ? "in place" : "at the same address";
 }
 
-// Ranks of several processes with a pool each, in which their buffers are. `spoil` is done by
-// every rank before the region is made.
-void SharesPools(const std::vector<int>& processes, int64_t buffer_bytes, void (*spoil)(int rank)) {
-  constexpr int64_t kPoolBytes = 8 * kMiB;
-  int num_ranks = static_cast<int>(processes.size());
-  Group group(num_ranks, processes);
+constexpr int64_t kPoolBytes = 8 * kMiB;
+
+// How ranks of several processes share pools.
+struct Pools {
+  std::vector<int> processes;  // of the ranks
+  int64_t scratch_bytes =
+      kPoolBytes;             // of the allocation that an allocator's next few bytes are in
+  bool has_arguments = true;  // else all of a call's are constants
+  uint64_t patience = kPatience;
+  std::function<void(int rank)> spoil = [](int) {};  // before a region is made
+};
+
+void Share(const Pools& way) {
+  int num_ranks = static_cast<int>(way.processes.size());
+  Group group(num_ranks, way.processes);
+  char of_a_module = 0;
   std::vector<char*> pools, later;
   for (int rank = 0; rank < num_ranks; ++rank) pools.push_back(fake::NewPool(kPoolBytes));
   auto ensure = [&](int64_t half_bytes, const std::vector<char*>& from) {
     return group.Run(group.everyone(), [&, half_bytes](Arena* arena) {
-      JAX_MOE_EP_RETURN_IF_ERROR(arena->Ensure(0, {}, kPatience));
+      JAX_MOE_EP_RETURN_IF_ERROR(arena->Ensure(0, FindNothing, way.patience));
       int rank = arena->View(0).rank;
-      spoil(rank);
-      return arena->Ensure(half_bytes, {from[rank], buffer_bytes}, kPatience);
+      way.spoil(rank);
+      auto find = [&] {
+        const void* argument = way.has_arguments ? from[rank] : &of_a_module;
+        bool is_pooled = way.scratch_bytes == kPoolBytes;
+        const void* scratch = is_pooled ? from[rank] : fake::NewPool(way.scratch_bytes);
+        return XlaMemory{{argument, nullptr}, scratch};
+      };
+      return arena->Ensure(half_bytes, find, way.patience);
     });
   };
-  auto read = [&](const char* what, const std::vector<char*>& from, int64_t offset) {
-    Print(what, group.Run(group.everyone(), [&, offset](Arena* arena) {
-      return ffi::Error::Internal(Read(arena, from[arena->View(0).rank] + offset));
-    }));
-  };
+  auto read =
+      [&](const char* what, const std::vector<char*>& from, int64_t offset, int64_t bytes = 1) {
+        Print(what, group.Run(group.everyone(), [&, offset, bytes](Arena* arena) {
+          return ffi::Error::Internal(Read(arena, from[arena->View(0).rank] + offset, bytes));
+        }));
+      };
   Print("region", ensure(kMiB, pools));
   printf("mappings: %d\n", fake::NumMappings());
   read("first", pools, 0);
   read("last", pools, kPoolBytes - 1);
+  read("across the end", pools, kPoolBytes - 1, 2);
   Print("larger region", ensure(2 * kMiB, pools));
   printf("mappings after the same again: %d\n", fake::NumMappings());
   for (int rank = 0; rank < num_ranks; ++rank) later.push_back(fake::NewPool(kPoolBytes));
@@ -261,59 +290,130 @@ void SharesPools(const std::vector<int>& processes, int64_t buffer_bytes, void (
   std::vector<char*> others{later[0]};  // new ones, but for rank 0
   for (int rank = 1; rank < num_ranks; ++rank) others.push_back(fake::NewPool(kPoolBytes));
   Print("last region", ensure(8 * kMiB, others));
+  printf("mappings in the end: %d\n", fake::NumMappings());
   read("others", others, 100);
   for (char* pool : pools) fake::Reallocate(pool);
   read("reallocated", pools, 100);
 }
 
-// Sends a descriptor of its own, with any rank's name, to every mailbox that it finds.
+// Sends two descriptors of its own, with any rank's name, to every mailbox that it finds.
 struct Stranger {
   std::atomic<bool> is_over{false};
   int num_letters = 0;
   std::thread thread{[this] { Run(); }};
 
   void Run() {
-    Mailbox own(12345);
+    int own = socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC, 0);
     int file = memfd_create("strange", MFD_CLOEXEC);
-    if (ftruncate(file, 8 * kMiB) != 0) return;
-    std::set<uint64_t> known{12345};
+    if (own < 0 || ftruncate(file, kPoolBytes) != 0) return;
+    std::set<std::string> known;
     while (!is_over) {
       std::ifstream sockets("/proc/net/unix");
       for (std::string line; std::getline(sockets, line);) {
-        size_t name = line.find("@jax_moe_ep-");
-        if (name == std::string::npos) continue;
-        uint64_t to = std::stoull(line.substr(name + 12), nullptr, 16);
-        if (!known.insert(to).second) continue;
-        for (int rank = 0; rank < 3; ++rank) num_letters += own.Send(to, {rank, 1}, file);
+        size_t at = line.find("@jax_moe_ep-");
+        if (at == std::string::npos || !known.insert(line.substr(at)).second) continue;
+        for (int rank = 0; rank < 3; ++rank)
+          num_letters += Send(own, line.substr(at + 1), rank, file);
       }
     }
     close(file);
+    close(own);
+  }
+
+  static bool Send(int socket, const std::string& name, int rank, int file) {
+    sockaddr_un address{};
+    address.sun_family = AF_UNIX;
+    memcpy(address.sun_path + 1, name.data(), name.size());
+    Letter letter{rank, 1};
+    iovec text{&letter, sizeof(letter)};
+    alignas(cmsghdr) char control[CMSG_SPACE(2 * sizeof(int))] = {};
+    msghdr message{};
+    message.msg_name = &address;
+    message.msg_namelen = static_cast<socklen_t>(offsetof(sockaddr_un, sun_path) + 1 + name.size());
+    message.msg_iov = &text;
+    message.msg_iovlen = 1;
+    message.msg_control = control;
+    message.msg_controllen = sizeof(control);
+    cmsghdr* header = CMSG_FIRSTHDR(&message);
+    header->cmsg_level = SOL_SOCKET;
+    header->cmsg_type = SCM_RIGHTS;
+    header->cmsg_len = CMSG_LEN(2 * sizeof(int));
+    int files[] = {file, file};
+    memcpy(CMSG_DATA(header), files, sizeof(files));
+    return sendmsg(socket, &message, MSG_NOSIGNAL) == sizeof(letter);
   }
 };
 
-void SharesPools(const std::string& name, int num_ranks) {
-  std::vector<int> apart, in_pairs;
-  for (int rank = 0; rank < num_ranks; ++rank) {
-    apart.push_back(1 + rank);
-    in_pairs.push_back(1 + rank / 2);
+int NumDescriptors() {
+  int count = 0;
+  for (const auto& each : std::filesystem::directory_iterator("/proc/self/fd")) {
+    count += !each.path().empty();
   }
-  auto nothing = [](int) {};
-  if (name == "pools") return SharesPools(apart, kMiB, nothing);
-  if (name == "pools_in_pairs") return SharesPools(in_pairs, kMiB, nothing);
-  if (name == "pools_of_one_buffer") return SharesPools(apart, 8 * kMiB, nothing);
+  return count;
+}
+
+// From now on this thread handles a signal every 2 ms.
+void Interrupt() {
+  struct sigaction action{};
+  action.sa_handler = [](int) {};
+  action.sa_flags = SA_RESTART;
+  sigaction(SIGALRM, &action, nullptr);
+  sigevent event{};
+  event.sigev_notify = SIGEV_THREAD_ID;
+  event.sigev_signo = SIGALRM;
+  event._sigev_un._tid = gettid();
+  timer_t timer;
+  itimerspec often{{0, 2'000'000}, {0, 2'000'000}};
+  if (timer_create(CLOCK_MONOTONIC, &event, &timer) == 0) timer_settime(timer, 0, &often, nullptr);
+}
+
+void SharesPools(const std::string& name, int num_ranks) {
+  Pools way;
+  for (int rank = 0; rank < num_ranks; ++rank) way.processes.push_back(1 + rank);
+  if (name == "pools") return Share(way);
+  if (name == "pools_of_halves" || name == "pools_by_turns") {  // two processes
+    for (int rank = 0; rank < num_ranks; ++rank) {
+      way.processes[rank] = 1 + (name == "pools_of_halves" ? 2 * rank / num_ranks : rank % 2);
+    }
+    return Share(way);
+  }
+  if (name == "pools_of_constants") {
+    way.has_arguments = false;
+    return Share(way);
+  }
+  if (name == "pools_of_one_array") {
+    way.scratch_bytes = 2 * kMiB;
+    return Share(way);
+  }
   if (name == "pools_not_exported") {
-    return SharesPools(apart, kMiB, [](int rank) { fake::can_export = rank != 1; });
+    way.spoil = [](int rank) { fake::can_export = rank % 2 == 0; };
+    return Share(way);
   }
   if (name == "pools_not_mapped") {
-    return SharesPools(apart, kMiB, [](int rank) { fake::can_map = rank != 1; });
+    way.spoil = [](int rank) { fake::can_map = rank != 1; };
+    return Share(way);
+  }
+  if (name == "pools_not_sent") {  // the letters of rank 1 get lost
+    way.patience = 2'000'000'000;
+    way.spoil = [](int rank) { fake::exports_nothing = rank == 1; };
+    return Share(way);
   }
   if (name == "pools_and_a_stranger") {  // who has time while the last rank is slow
     Stranger stranger;
-    SharesPools(apart, kMiB, [](int rank) { fake::is_slow = rank == 2; });
+    way.spoil = [](int rank) { fake::is_slow_to_export = rank == 2; };
+    Share(way);
     stranger.is_over = true;
     stranger.thread.join();
     printf("letters: %d\n", stranger.num_letters);
+    printf("descriptors beside pools: %d\n", NumDescriptors() - fake::NumPools());
     return;
+  }
+  if (name == "pools_interrupted") {
+    way.spoil = [](int rank) {
+      fake::is_slow_to_import = rank == 1;
+      Interrupt();
+    };
+    return Share(way);
   }
   printf("no scenario %s\n", name.c_str());
 }
