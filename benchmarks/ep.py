@@ -2,9 +2,9 @@
 links and memory and against stock JAX.
 
 One process with all GPUs, or one process a GPU, started with the environment variables
-JAX_MOE_EP_COORDINATOR, JAX_MOE_EP_PROCESS and JAX_MOE_EP_NUM_PROCESSES. XLA captures the programs
-as CUDA graphs with XLA_FLAGS=--xla_gpu_graph_min_graph_size=1. What the GPUs share lies outside of
-XLA's pool: set XLA_PYTHON_CLIENT_PREALLOCATE=false.
+JAX_MOE_EP_COORDINATOR, JAX_MOE_EP_PROCESS and JAX_MOE_EP_NUM_PROCESSES. XLA runs nothing as a CUDA
+graph while the profiler looks on (but with xla_enable_command_buffers_during_profiling): gaps
+between kernels are those of launches by the host.
 
 The results of two GPUs are ep.json, those of R others ep-R.json, and with "-processes" of one
 process a GPU. There P is not measured: give the P_GBps of a run in one process as --peer-gbps.

@@ -17,13 +17,22 @@ import jax_moe_ep as ep
 from benchmarks.peer_copies import peer_copies_us, wall_peer_copies_us
 from benchmarks.shapes import GroupShape
 from benchmarks.stock import AXIS, StockPlan, stock_plan
-from benchmarks.timing import program_times_us, wall_times_us
+from benchmarks.timing import longer_us, program_times_us, wall_times_us
 
 BYTES_BEYOND_L2 = 200e6  # four times the 50 MB of an H200
 MOST_BUFFER_BYTES = 12e9  # of the rows that one program reads, and of those that it writes
 FEWEST_CALLS, USUAL_CALLS, MOST_CALLS = 8, 16, 32  # of one program
 BYTES_OF_A_PROGRAM = 6e9  # of rows: some milliseconds, beside which its start is little
 NUM_ITERATIONS = 100
+LONGER = 5  # times as many
+
+# By default XLA captures the calls of a program but no loop.
+CAPTURE_LOOPS = {
+    "xla_gpu_enable_command_buffer": (
+        "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE"
+    ),
+    "xla_gpu_graph_min_graph_size": 1,
+}
 TIMEOUT_S = 60.0
 
 
@@ -54,8 +63,8 @@ class Program(NamedTuple):
 class Bench:
     """Where and how everything is measured.
 
-    times, peer_copies: program_times_us and peer_copies_us, or those of the host's clock, to try
-        the benchmark out.
+    times, peer_copies, longer: program_times_us, peer_copies_us and longer_us, or those of the
+        host's clock and of fewer repeats, to try the benchmark out.
     peer_gbps: GB/s of a peer copy, if it is known from elsewhere.
     """
 
@@ -63,6 +72,7 @@ class Bench:
     implementation: Any = "cuda"
     times: Callable[..., list[list[float]]] = program_times_us
     peer_copies: Callable[..., float] = peer_copies_us
+    longer: Callable[..., list[float]] = longer_us
     peer_gbps: float | None = None
     most_calls: int = MOST_CALLS
     num_iterations: int = NUM_ITERATIONS
@@ -100,6 +110,16 @@ class Bench:
         count = self.num_iterations
         return Program(self.on_ranks(in_loop(step, count)), inputs, count)
 
+    def captured_us(self, step: Step, inputs: Inputs) -> float:
+        """Of the step in a loop that is a CUDA graph: of an iteration that a long one has more than
+        a short one."""
+        short, long = (
+            self.on_ranks(in_loop(step, count), CAPTURE_LOOPS)
+            for count in (self.num_iterations, LONGER * self.num_iterations)
+        )
+        times = self.longer((short, (inputs,)), (long, (inputs,)))
+        return statistics.median(times) / ((LONGER - 1) * self.num_iterations)
+
     def us[Key](self, programs: Mapping[Key, Program]) -> dict[Key, float]:
         """Of one call of each program's step."""
         times = self.times([(p.run, (p.inputs,)) for p in programs.values()])
@@ -113,7 +133,7 @@ def make_bench(ranks: int | None, wall: bool, peer_gbps: float | None = None) ->
     """On so many devices, or all; wall: a dry run on any, by the reference and the host's clock."""
     mesh = Mesh(np.array(jax.devices()[:ranks]), (AXIS,))
     if wall:
-        host = wall_times_us, wall_peer_copies_us
+        host = wall_times_us, wall_peer_copies_us, functools.partial(longer_us, num_repeats=1)
         return Bench(mesh, "reference", *host, peer_gbps=peer_gbps, most_calls=2)
     return Bench(mesh, peer_gbps=peer_gbps)
 

@@ -3,6 +3,8 @@
     python -m benchmarks.point combine dispatch --num-sms 32
     python -m benchmarks.point plan_and_dispatch combine --t 128 --a 1 --capacity worst --loop
 
+With --captured the loop is one CUDA graph.
+
 The ops are those of benchmarks.group; in several processes it is started as benchmarks.ep is.
 """
 
@@ -28,6 +30,7 @@ def main(
     routing: str = GroupShape.routing,
     num_sms: int | None = None,
     loop: Annotated[bool, typer.Option(help="An iteration of a fori_loop.")] = False,
+    captured: Annotated[bool, typer.Option(help="Likewise, as a CUDA graph.")] = False,
     ranks: Annotated[int | None, typer.Option(help="GPUs to use; all, if left out.")] = None,
     wall: Annotated[bool, typer.Option(help="A dry run on any devices.")] = False,
 ) -> None:
@@ -41,13 +44,16 @@ def main(
     if unknown := set(names) - steps.keys():
         raise typer.BadParameter(f"{sorted(unknown)} is none of {sorted(steps)}")
     inputs, _, num_calls = make_inputs(bench, shape)
-    programs = {
-        name: bench.in_loop(steps[name], inputs[0])
-        if loop
-        else bench.in_turn(steps[name], inputs, num_calls)
-        for name in names
-    }
-    times = bench.us(programs)
+    if captured:
+        times = {name: bench.captured_us(steps[name], inputs[0]) for name in names}
+    else:
+        programs = {
+            name: bench.in_loop(steps[name], inputs[0])
+            if loop
+            else bench.in_turn(steps[name], inputs, num_calls)
+            for name in names
+        }
+        times = bench.us(programs)
     if not wall:
         ep.check()
     if jax.process_index() == 0:

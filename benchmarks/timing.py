@@ -35,11 +35,26 @@ def time_us(step: Callable[..., Any], inputs: Sequence[tuple[Any, ...]]) -> floa
 
     One program calls the step once for every tuple of inputs, so that with enough tuples nothing
     is read from L2. Its device time runs from the start of its first kernel or copy to the end of
-    its last, gaps between kernels included; XLA may capture the calls as a CUDA graph.
+    its last, gaps between kernels included.
     """
     program = jax.jit(lambda inputs: [step(*args) for args in inputs])
     (times,) = program_times_us([(program, (list(inputs),))])
     return statistics.median(times) / len(inputs)
+
+
+def longer_us(short: Call, long: Call, num_repeats: int = NUM_REPEATS) -> list[float]:
+    """Microseconds that `long` takes more than `short`, by the host's clock and without a profiler,
+    under which XLA runs no CUDA graph: what both have alike is not counted. With several processes
+    the slowest one's."""
+    times: list[list[float]] = [[], []]
+    for _ in range(NUM_WARMUPS + num_repeats):
+        for (program, args), each in zip((short, long), times, strict=True):
+            _await_common_start()
+            start = time.perf_counter()
+            jax.block_until_ready(program(*args))
+            each.append((time.perf_counter() - start) * 1e6)
+    slowest = [_largest_of_processes(each[NUM_WARMUPS:]) for each in times]
+    return (slowest[1] - slowest[0]).tolist()
 
 
 def span_ns(events: Sequence[Span]) -> float:

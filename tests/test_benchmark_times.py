@@ -30,6 +30,24 @@ def plane(*streams):
     return types.SimpleNamespace(lines=lines)
 
 
+def test_how_much_longer_a_program_takes(monkeypatch):
+    """By turns; what comes before the last repeats is not counted: 7 - 2, 9 - 2, 6 - 2 s."""
+    now = [0.0]
+    taken = {"short": iter([5, 5, 5, 2, 2, 2]), "long": iter([90, 80, 70, 7, 9, 6])}
+    order = []
+
+    def run(name):
+        order.append(name)
+        now[0] += next(taken[name])
+        return jnp.zeros(())
+
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(timing, "NUM_WARMUPS", 3)
+    times = timing.longer_us((run, ("short",)), (run, ("long",)), num_repeats=3)
+    assert times == pytest.approx([5e6, 7e6, 4e6])
+    assert order == ["short", "long"] * 6
+
+
 def test_executions_of_a_profile():
     """Two executions on two streams: 0-10, 20-30, 25-45 and 28-32; 5 ms later 5000-12000, in which
     5001-5002 and 11000-11500 lie.

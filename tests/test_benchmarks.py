@@ -64,6 +64,33 @@ def test_one_call_of_the_programs_is_reported():
     assert bench.us(programs) == {"in turn": 15, "in a loop": 22.5}
 
 
+def test_an_iteration_of_a_captured_loop():
+    """Loops of 4 and 20 iterations, both of the step, compiled to be captured: 16 more take 160,
+    320 and 960 us."""
+    seen = []
+
+    def longer(*calls):
+        for program, (given,) in calls:
+            seen.append(program(given))
+        return [320.0, 960.0, 160.0]
+
+    inputs, _, _ = tiny_inputs()
+    options = []
+
+    class Noted(group.Bench):
+        def on_ranks(self, op, xla=None):
+            options.append(xla)
+            return super().on_ranks(op, xla)
+
+    bench = tiny_bench()
+    fields = {field.name: getattr(bench, field.name) for field in dataclasses.fields(bench)}
+    noted = Noted(**fields | {"longer": longer})
+    assert noted.captured_us(lambda i: i.x, inputs[0]) == 20
+    assert all((each == inputs[0].x).all() for each in seen)
+    assert options == [group.CAPTURE_LOOPS] * 2
+    assert "WHILE" in group.CAPTURE_LOOPS["xla_gpu_enable_command_buffer"].split(",")
+
+
 def test_tokens_and_rows_are_made_once_for_points_of_one_size():
     bench = tiny_bench()
     first, _, _ = tiny_inputs()
@@ -224,9 +251,9 @@ def test_a_step_calls_each_op_in_the_loops(monkeypatch):
 # One point.
 
 
-@pytest.mark.parametrize("loop", [False, True])
-def test_one_point(capsys, loop):
-    point_benchmark.main(["combine", "plan"], loop=loop, ranks=2, wall=True)
+@pytest.mark.parametrize("way", [{}, {"loop": True}, {"captured": True}])
+def test_one_point(capsys, way):
+    point_benchmark.main(["combine", "plan"], **way, ranks=2, wall=True)
     shown = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert [(op, unit) for op, _, unit in shown] == [("combine", "us"), ("plan", "us")]
     assert all(float(us) > 0 for _, us, _ in shown)

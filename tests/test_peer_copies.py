@@ -36,6 +36,8 @@ class Runtime:
         self.destroyed = 0
         self.word = (ctypes.c_uint32 * 2)(7, 7)  # the first is the gate's
         self.held_until = {}  # of each device
+        self.streams_in_use = {}  # by copies of a device since its last event
+        self.slowdown = 1  # of a copy beside others of its device
 
     def cudaHostAlloc(self, num_bytes, flags):
         assert (num_bytes, flags) == (4, 3)
@@ -82,7 +84,9 @@ class Runtime:
         assert self.stream_devices[stream] == self.device
         assert self.word[0] < self.held_until[self.device]
         self.copies.append((self.device, target, source, num_bytes))
-        self.now[stream] += num_bytes
+        self.streams_in_use.setdefault(self.device, set()).add(stream)
+        is_alone = len(self.streams_in_use[self.device]) == 1
+        self.now[stream] += num_bytes * (1 if is_alone else self.slowdown)
         return self.done()
 
     def cudaEventSynchronize(self, event):
@@ -116,6 +120,7 @@ class Driver:
         assert (address, flags) == (ctypes.addressof(self.runtime.word), 0)
         assert self.runtime.stream_devices[stream] == self.runtime.device
         self.runtime.held_until[self.runtime.device] = value
+        self.runtime.streams_in_use.pop(self.runtime.device, None)
         return (0,)
 
 
@@ -130,7 +135,8 @@ def runtime(monkeypatch):
 
 
 def test_every_gpu_sends_to_all_others_and_the_slowest_counts(runtime, monkeypatch):
-    """Copies to different GPUs run side by side: 2 ends with its 70 bytes to 1, nothing is 16."""
+    """Copies to different GPUs run side by side, which is faster here than one after the other: 2
+    ends with its 70 bytes to 1, nothing is 16."""
     made = {}
     filled = peer_copies._filled
 
@@ -143,7 +149,7 @@ def test_every_gpu_sends_to_all_others_and_the_slowest_counts(runtime, monkeypat
     remote = [[0, 20, 30], [40, 0, 50], [60, 70, 0]]
     devices = [DEVICES[i] for i in (3, 1, 2)]
     assert peer_copies.peer_copies_us(devices, remote) == pytest.approx(70)
-    turns = (1 + peer_copies.NUM_REPEATS) * peer_copies.NUM_COPIES
+    turns = 2 * (1 + peer_copies.NUM_REPEATS) * peer_copies.NUM_COPIES
     for rank, device in enumerate(devices):
         sent = [copy for copy in runtime.copies if copy[0] == device.local_hardware_id]
         assert all(made[source][0] == device for _, _, source, _ in sent)
@@ -152,6 +158,14 @@ def test_every_gpu_sends_to_all_others_and_the_slowest_counts(runtime, monkeypat
         assert found == [(devices[peer], remote[rank][peer]) for peer in others] * turns
     assert runtime.destroyed == len(runtime.now) + len(runtime.times) + 1
     assert peer_copies.peer_copies_us(devices[:2], [[0, 0], [0, 0]]) == pytest.approx(16)
+
+
+def test_the_faster_order_counts(runtime):
+    """Where a copy takes three times as long beside others of its GPU, they go in turn: 120 us for
+    2, and not 180."""
+    runtime.slowdown = 3
+    remote = [[0, 20, 30], [40, 0, 50], [60, 60, 0]]
+    assert peer_copies.peer_copies_us(DEVICES[:3], remote) == pytest.approx(120)
 
 
 def test_a_call_that_fails_is_named(runtime):
