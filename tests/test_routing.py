@@ -248,7 +248,8 @@ def test_scores_that_underflow_have_weights_and_gradients(score):
 @pytest.mark.parametrize("score", SCORES)
 def test_masked_tokens_are_not_routed(score):
     """D2, D6: -1, weight 0, score 0 and gradient 0, though their logits are NaN or infinite; the
-    other rows are bitwise those of a run without the masked ones (D3)."""
+    other rows are bitwise those of a run with other masked ones, and those of a run without any
+    (D3) but for a bit: the CPU of jaxlib 0.12 rounds a sigmoid by its place in the array."""
     config = ep.RouterConfig(2, score=score, num_groups=2, top_groups=1)
     mask = make_mask(40)
     logits = make_floats(40, 8)
@@ -258,9 +259,13 @@ def test_masked_tokens_are_not_routed(score):
     assert (actual.topk_idx[~mask] == -1).all()
     for zeros in (actual.topk_weights[~mask], actual.scores[~mask], dlogits[~mask], dbias):
         assert_bitwise_equal(zeros, np.zeros_like(zeros))
+    others, *_ = routed(np.where(mask[:, None], logits, 7), config, bias, mask)
     alone = jax.device_get(route(logits[mask], config, bias=bias))
-    for name in ("topk_idx", "topk_weights", "scores"):
-        assert_bitwise_equal(getattr(actual, name)[mask], getattr(alone, name), name)
+    assert_bitwise_equal(actual.topk_idx[mask], alone.topk_idx)
+    for name in ("topk_weights", "scores"):
+        masked = getattr(actual, name)[mask]
+        assert_bitwise_equal(masked, getattr(others, name)[mask], name)
+        np.testing.assert_array_max_ulp(masked, getattr(alone, name), maxulp=1)
     assert dlogits[mask].any(1).all()
 
 
