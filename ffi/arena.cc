@@ -102,7 +102,7 @@ ffi::Error Arena::CheckOthers() {
   return texts.empty() ? ffi::Error::Success() : Internal(std::move(texts.front()));
 }
 
-ffi::Error Arena::Ensure(int64_t half_bytes, const FindXlaMemory& find, uint64_t timeout_ns) {
+ffi::Error Arena::Ensure(int64_t half_bytes, const AllocateScratch& allocate, uint64_t timeout_ns) {
   int64_t generation = TheRegistry().generation;
   if (control_.bytes == 0) {
     JAX_MOE_EP_RETURN_IF_ERROR(Meet(timeout_ns));
@@ -116,15 +116,15 @@ ffi::Error Arena::Ensure(int64_t half_bytes, const FindXlaMemory& find, uint64_t
   if (half_bytes == 0 || regions_.count(half_bytes)) return ffi::Error::Success();
   SharedMemory region;
   JAX_MOE_EP_RETURN_IF_ERROR(Share(RegionBytes(half_bytes), timeout_ns, &region));
-  if (!is_one_process()) JAX_MOE_EP_RETURN_IF_ERROR(SharePools(find(), timeout_ns));
+  if (!is_one_process()) JAX_MOE_EP_RETURN_IF_ERROR(SharePools(allocate(), timeout_ns));
   std::lock_guard<std::mutex> lock(TheRegistry().mutex);
   regions_[half_bytes] = region;
   return ffi::Error::Success();
 }
 
-ffi::Error Arena::SharePools(const XlaMemory& memory, uint64_t timeout_ns) {
+ffi::Error Arena::SharePools(const void* scratch, uint64_t timeout_ns) {
   std::vector<SharedPool> pools = pools_;
-  JAX_MOE_EP_RETURN_IF_ERROR(SharePool(meeting_.exchange(), memory, timeout_ns, &pools));
+  JAX_MOE_EP_RETURN_IF_ERROR(SharePool(meeting_.exchange(), scratch, timeout_ns, &pools));
   std::lock_guard<std::mutex> lock(TheRegistry().mutex);
   pools_ = std::move(pools);
   return ffi::Error::Success();

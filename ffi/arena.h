@@ -24,8 +24,8 @@
 
 namespace jax_moe_ep {
 
-// What a call shows of XLA's memory, asked for when ranks of several processes meet.
-using FindXlaMemory = std::function<XlaMemory()>;
+// Gives a few bytes of XLA's, or null; asked for when ranks of several processes meet.
+using AllocateScratch = std::function<const void*()>;
 
 class Arena {
  public:
@@ -44,7 +44,7 @@ class Arena {
   // Meets the peers unless all is there: the first time, after a reset, and once for each size
   // class of regions. Blocks the host until all ranks have come. With a region, peers in other
   // processes get to read XLA's pool, where that can be.
-  ffi::Error Ensure(int64_t half_bytes, const FindXlaMemory& find, uint64_t timeout_ns);
+  ffi::Error Ensure(int64_t half_bytes, const AllocateScratch& allocate, uint64_t timeout_ns);
 
   // Whether all ranks are in this process; false before they have met.
   bool is_one_process() const { return peers_.is_one_process; }
@@ -74,7 +74,7 @@ class Arena {
   ffi::Error Meet(uint64_t timeout_ns);
   ffi::Error Restart(uint64_t timeout_ns);
   ffi::Error Share(int64_t bytes, uint64_t timeout_ns, SharedMemory* shared);
-  ffi::Error SharePools(const XlaMemory& memory, uint64_t timeout_ns);
+  ffi::Error SharePools(const void* scratch, uint64_t timeout_ns);
   ffi::Error CheckPeersCanRead(const char* what, const void* address) const;
   template <typename Write>
   static void ForEach(Write write);

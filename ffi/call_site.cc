@@ -2,9 +2,7 @@
 
 #include <cuda_runtime.h>
 
-#include <algorithm>
 #include <string>
-#include <utility>
 
 #include "combine.h"
 #include "dispatch.h"
@@ -14,6 +12,7 @@ namespace jax_moe_ep {
 namespace {
 
 constexpr int kStatesPerSlab = 512;
+constexpr size_t kScratchBytes = 256;
 constexpr int64_t kOwnCommunicator = 0;  // the one that XLA's collectives of these groups use
 
 // Counters that no call site uses, by device. They are zero: the last block of a launch leaves them
@@ -64,20 +63,6 @@ std::vector<std::vector<int64_t>> Groups(const GroupAttributes& attributes) {
   return groups;
 }
 
-XlaMemory FindMemory(const ffi::RemainingArgs& arguments, ffi::ScratchAllocator& allocator) {
-  constexpr size_t kFewBytes = 256;
-  std::vector<std::pair<size_t, const void*>> buffers;
-  for (size_t i = 0; i < arguments.size(); ++i) {
-    auto buffer = arguments.get<ffi::AnyBuffer>(i);
-    if (buffer.has_value()) buffers.emplace_back(buffer->size_bytes(), buffer->untyped_data());
-  }
-  std::sort(buffers.rbegin(), buffers.rend());
-  XlaMemory memory;
-  for (const auto& [bytes, address] : buffers) memory.arguments.push_back(address);
-  memory.scratch = allocator.Allocate(kFewBytes).value_or(nullptr);
-  return memory;
-}
-
 }  // namespace
 
 ffi::TypeId CallSite::id = {};
@@ -123,7 +108,6 @@ ffi::ErrorOr<Arena*> GetArena(CommunicatorContext& context, const GroupAttribute
 
 ffi::Error InitializeGroup(CommunicatorContext& context,
                            CallSite* site,
-                           const ffi::RemainingArgs& arguments,
                            ffi::ScratchAllocator& allocator,
                            const GroupAttributes& attributes) {
   auto arena = GetArena(context, attributes);
@@ -133,11 +117,11 @@ ffi::Error InitializeGroup(CommunicatorContext& context,
   int device = 0;
   JAX_MOE_EP_RETURN_IF_ERROR(ToFfiError("jax_moe_ep", cudaGetDevice(&device)));
   JAX_MOE_EP_RETURN_IF_ERROR(ToFfiError("jax_moe_ep", site->Prepare(device)));
-  auto find = [&] { return FindMemory(arguments, allocator); };
+  auto allocate = [&] { return allocator.Allocate(kScratchBytes).value_or(nullptr); };
   // Once the ranks have met, it is known whether they are one process and need to stage.
-  JAX_MOE_EP_RETURN_IF_ERROR((*arena)->Ensure(0, find, attributes.timeout_ns));
+  JAX_MOE_EP_RETURN_IF_ERROR((*arena)->Ensure(0, allocate, attributes.timeout_ns));
   int64_t bytes = attributes.Layout((*arena)->is_one_process()).total;
-  JAX_MOE_EP_RETURN_IF_ERROR((*arena)->Ensure(HalfBytes(bytes), find, attributes.timeout_ns));
+  JAX_MOE_EP_RETURN_IF_ERROR((*arena)->Ensure(HalfBytes(bytes), allocate, attributes.timeout_ns));
   return Arena::CheckOthers();
 }
 

@@ -76,7 +76,6 @@ ffi::Error RequestGroup(CommunicatorContext& context, const GroupAttributes& att
 // the sticky error of any other group.
 ffi::Error InitializeGroup(CommunicatorContext& context,
                            CallSite* site,
-                           const ffi::RemainingArgs& arguments,
                            ffi::ScratchAllocator& allocator,
                            const GroupAttributes& attributes);
 

@@ -103,9 +103,8 @@ ffi::Error PrepareImpl(CommunicatorContext context, GroupAttributes attributes) 
 ffi::Error InitializeImpl(CommunicatorContext context,
                           CallSite* site,
                           ffi::ScratchAllocator allocator,
-                          ffi::RemainingArgs arguments,
                           GroupAttributes attributes) {
-  return InitializeGroup(context, site, arguments, allocator, attributes);
+  return InitializeGroup(context, site, allocator, attributes);
 }
 
 // One payload of a pytree after the other, each a call of its own.
@@ -279,7 +278,6 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(GroupInitializeFfi,
                                   .Ctx<ffi::Extension<Collectives>>()
                                   .Ctx<ffi::State<CallSite>>()
                                   .Ctx<ffi::ScratchAllocator>()
-                                  .RemainingArgs()
                                   .Attrs<GroupAttributes>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(GroupDispatchFfi,

@@ -37,9 +37,8 @@ ffi::Error PrepareImpl(CommunicatorContext context, GroupPlanAttributes attribut
 ffi::Error InitializeImpl(CommunicatorContext context,
                           CallSite* site,
                           ffi::ScratchAllocator allocator,
-                          ffi::RemainingArgs arguments,
                           GroupPlanAttributes attributes) {
-  return InitializeGroup(context, site, arguments, allocator, attributes);
+  return InitializeGroup(context, site, allocator, attributes);
 }
 
 // ids and priority of this rank; those of all ranks, undefined if they are few, then the plan.
@@ -134,7 +133,6 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(GroupPlanInitializeFfi,
                                   .Ctx<ffi::Extension<Collectives>>()
                                   .Ctx<ffi::State<CallSite>>()
                                   .Ctx<ffi::ScratchAllocator>()
-                                  .RemainingArgs()
                                   .Attrs<GroupPlanAttributes>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(GroupPlanFfi,

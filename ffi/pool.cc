@@ -4,7 +4,7 @@
 
 #include <algorithm>
 #include <chrono>
-#include <utility>
+#include <iterator>
 
 #include "driver_api.h"
 #include "identity.h"
@@ -29,7 +29,8 @@ uint64_t AllocationId(const DriverApi& driver, const void* address) {
 class Descriptor {
  public:
   explicit Descriptor(int number = -1) : number_(number) {}
-  Descriptor(Descriptor&& other) : number_(std::exchange(other.number_, -1)) {}
+  Descriptor(const Descriptor&) = delete;
+  Descriptor& operator=(const Descriptor&) = delete;
   ~Descriptor() {
     if (is_open()) close(number_);
   }
@@ -74,24 +75,10 @@ char* Map(const Descriptor& descriptor, int64_t bytes, int device) {
   return nullptr;
 }
 
-// This rank's pool, and a descriptor of it.
-struct Exported {
-  XlaPool pool;
-  Descriptor descriptor = Descriptor();
-};
-
-Exported Choose(const XlaMemory& memory) {
-  bool is_pooled =
-      memory.scratch != nullptr && XlaPool::Find(memory.scratch).bytes > kAllocationBytes;
-  if (!is_pooled) return Exported();
-  std::vector<const void*> addresses = memory.arguments;
-  addresses.push_back(memory.scratch);
-  for (const void* address : addresses) {
-    XlaPool pool = XlaPool::Find(address);
-    Descriptor descriptor = Export(pool);
-    if (descriptor.is_open()) return {pool, std::move(descriptor)};
-  }
-  return Exported();
+// The pool that the scratch is from, if it is from one.
+XlaPool FindPool(const void* scratch) {
+  XlaPool found = scratch != nullptr ? XlaPool::Find(scratch) : XlaPool{};
+  return found.bytes > kAllocationBytes ? found : XlaPool{};
 }
 
 // What a rank tells the others before descriptors are sent, and where it has mapped theirs after.
@@ -218,14 +205,14 @@ bool SharedPool::Publish(const void* address,
 }
 
 ffi::Error SharePool(Exchange& exchange,
-                     const XlaMemory& memory,
+                     const void* scratch,
                      uint64_t timeout_ns,
                      std::vector<SharedPool>* pools) {
-  Exported own = Choose(memory);
-  Offer mine{
-      ProcessToken(), RandomBits(), RandomBits(), own.pool.base, own.pool.bytes, own.pool.id};
+  XlaPool pool = FindPool(scratch);
+  Descriptor exported = Export(pool);
+  Offer mine{ProcessToken(), RandomBits(), RandomBits(), pool.base, pool.bytes, pool.id};
   Mailbox mailbox(mine.mailbox);
-  if (!mailbox.is_open()) mine.id = 0;
+  if (!exported.is_open() || !mailbox.is_open()) mine.id = 0;
   std::vector<Offer> all;
   JAX_MOE_EP_RETURN_IF_ERROR(exchange.Gather(mine, &all, timeout_ns));
 
@@ -241,7 +228,7 @@ ffi::Error SharePool(Exchange& exchange,
   if (!has_some || std::any_of(pools->begin(), pools->end(), has_ids)) return ffi::Error::Success();
 
   Delivery delivery(exchange, all, *pools, mailbox, Deadline(timeout_ns));
-  Reply reply = delivery.Run(own.descriptor);
+  Reply reply = delivery.Run(exported);
   std::vector<Reply> replies;
   JAX_MOE_EP_RETURN_IF_ERROR(exchange.Gather(reply, &replies, timeout_ns));
   bool is_everywhere = mine.id != 0;
@@ -250,7 +237,7 @@ ffi::Error SharePool(Exchange& exchange,
     found.there[rank] = replies[rank].mapped[exchange.rank()];
     is_everywhere &= found.there[rank] != nullptr;
   }
-  if (is_everywhere) found.own = own.pool;
+  if (is_everywhere) found.own = pool;
   pools->push_back(found);
   return ffi::Error::Success();
 }

@@ -16,12 +16,6 @@
 
 namespace jax_moe_ep {
 
-// What a call shows of XLA's memory.
-struct XlaMemory {
-  std::vector<const void*> arguments;  // the largest first
-  const void* scratch = nullptr;       // a few bytes that the allocator has just given
-};
-
 // One allocation of the driver's.
 struct XlaPool {
   char* base = nullptr;
@@ -47,15 +41,15 @@ struct SharedPool {
   bool Publish(const void* address, int64_t bytes, int num_ranks, const char** published) const;
 };
 
-// All ranks, in the same order: each offers the allocation that holds the first of its arguments
-// for which the driver can, and maps those of the others; ranks of one process read each other
-// anyway. What is not among `pools` yet is added to them. What cannot be shared is no error. Blocks
-// the host; an error is that of an exchange.
+// All ranks, in the same order: each offers the allocation that holds its scratch, a few bytes that
+// XLA's allocator has just given, and maps those of the others; ranks of one process read each
+// other anyway. What is not among `pools` yet is added to them. What cannot be shared is no error.
+// Blocks the host; an error is that of an exchange.
 //
 // An allocator that has made an allocation for the scratch alone makes one for every array, and may
 // put another at its address later: nothing of it is offered.
 ffi::Error SharePool(Exchange& exchange,
-                     const XlaMemory& memory,
+                     const void* scratch,
                      uint64_t timeout_ns,
                      std::vector<SharedPool>* pools);
 

@@ -152,11 +152,6 @@ def test_ranks_of_a_process_map_the_pools_of_others(program, scenario, num_ranks
     assert texts(output, "first") == texts(output, "later") == ["in place"] * num_ranks
 
 
-def test_the_pool_is_found_without_arguments_in_it(program):
-    """Constants of a program are not in it; what the allocator gives is."""
-    assert texts(program("pools_of_constants", 2), "first") == ["in place"] * 2
-
-
 def test_an_allocator_without_a_pool_is_staged(program):
     """Its arrays have allocations of their own: peers would keep them when the arrays are gone, and
     read them when others have come to their addresses."""

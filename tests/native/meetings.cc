@@ -31,7 +31,7 @@ constexpr uint64_t kPatience = 20'000'000'000;
 constexpr uint64_t kImpatience = 200'000'000;
 constexpr int64_t kMiB = 1 << 20;
 
-XlaMemory FindNothing() { return XlaMemory{}; }
+const void* AllocateNothing() { return nullptr; }
 
 struct Group {
   std::vector<NcclComm*> comms;
@@ -65,7 +65,7 @@ struct Group {
 
   std::vector<std::string> Meet(int64_t half_bytes = 0, uint64_t patience = kPatience) const {
     return Run(everyone(),
-               [=](Arena* arena) { return arena->Ensure(half_bytes, FindNothing, patience); });
+               [=](Arena* arena) { return arena->Ensure(half_bytes, AllocateNothing, patience); });
   }
 
   Arena* ArenaOf(int rank) const {
@@ -133,10 +133,12 @@ void Fails(int num_ranks, std::function<void()> spoil, std::function<void()> men
 
 void OneStaysAway() {
   Group group(3);
-  Print("alone",
-        group.Run({0, 2}, [](Arena* arena) { return arena->Ensure(0, FindNothing, kImpatience); }));
-  Print("later",
-        group.Run({0, 2}, [](Arena* arena) { return arena->Ensure(0, FindNothing, kImpatience); }));
+  Print("alone", group.Run({0, 2}, [](Arena* arena) {
+    return arena->Ensure(0, AllocateNothing, kImpatience);
+  }));
+  Print("later", group.Run({0, 2}, [](Arena* arena) {
+    return arena->Ensure(0, AllocateNothing, kImpatience);
+  }));
 }
 
 void Resets() {
@@ -242,9 +244,7 @@ constexpr int64_t kPoolBytes = 8 * kMiB;
 // How ranks of several processes share pools.
 struct Pools {
   std::vector<int> processes;  // of the ranks
-  int64_t scratch_bytes =
-      kPoolBytes;             // of the allocation that an allocator's next few bytes are in
-  bool has_arguments = true;  // else all of a call's are constants
+  bool has_pool = true;        // else the allocator has an allocation for each array
   uint64_t patience = kPatience;
   std::function<void(int rank)> spoil = [](int) {};  // before a region is made
 };
@@ -252,21 +252,17 @@ struct Pools {
 void Share(const Pools& way) {
   int num_ranks = static_cast<int>(way.processes.size());
   Group group(num_ranks, way.processes);
-  char of_a_module = 0;
   std::vector<char*> pools, later;
   for (int rank = 0; rank < num_ranks; ++rank) pools.push_back(fake::NewPool(kPoolBytes));
   auto ensure = [&](int64_t half_bytes, const std::vector<char*>& from) {
     return group.Run(group.everyone(), [&, half_bytes](Arena* arena) {
-      JAX_MOE_EP_RETURN_IF_ERROR(arena->Ensure(0, FindNothing, way.patience));
+      JAX_MOE_EP_RETURN_IF_ERROR(arena->Ensure(0, AllocateNothing, way.patience));
       int rank = arena->View(0).rank;
       way.spoil(rank);
-      auto find = [&] {
-        const void* argument = way.has_arguments ? from[rank] : &of_a_module;
-        bool is_pooled = way.scratch_bytes == kPoolBytes;
-        const void* scratch = is_pooled ? from[rank] : fake::NewPool(way.scratch_bytes);
-        return XlaMemory{{argument, nullptr}, scratch};
+      auto allocate = [&]() -> const void* {
+        return way.has_pool ? from[rank] + 1000 : fake::NewPool(kAllocationBytes);
       };
-      return arena->Ensure(half_bytes, find, way.patience);
+      return arena->Ensure(half_bytes, allocate, way.patience);
     });
   };
   auto read =
@@ -377,12 +373,8 @@ void SharesPools(const std::string& name, int num_ranks) {
     }
     return Share(way);
   }
-  if (name == "pools_of_constants") {
-    way.has_arguments = false;
-    return Share(way);
-  }
   if (name == "pools_of_one_array") {
-    way.scratch_bytes = 2 * kMiB;
+    way.has_pool = false;
     return Share(way);
   }
   if (name == "pools_not_exported") {
