@@ -40,8 +40,12 @@ def defined(case, plan, rows):
     return np.concatenate([rows[rank, :end] for rank, end in enumerate(ends)])
 
 
-@each_path
-@each_way
+DISPATCH = [(*path, reading) for path in PATHS for reading in ("in_place", "staged")]
+DISPATCH += [(name, True, "mixed") for name in ("four_ranks", "several_tiles", "several_chunks")]
+DISPATCH += [("four_ranks", False, "mixed")]
+
+
+@pytest.mark.parametrize(("name", "has_bulk_copy", "reading"), DISPATCH)
 def test_dispatch(library, tmp_path, name, has_bulk_copy, reading):
     """Any bits arrive in their rows; padding and a zero tail are zero. Four calls pass epochs."""
     case, maker = CASES[name], "masked" if name == "two_ranks" else "uniform"
