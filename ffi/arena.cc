@@ -13,11 +13,6 @@
 namespace jax_moe_ep {
 namespace {
 
-constexpr char kName[] = "jax_moe_ep";
-
-#define JAX_MOE_EP_RETURN_IF_CUDA_ERROR(expression) \
-  JAX_MOE_EP_RETURN_IF_ERROR(ToFfiError(kName, (expression)))
-
 struct Registry {
   std::mutex mutex;
   std::map<std::pair<NcclComm*, int>, std::unique_ptr<Arena>> arenas;
@@ -40,8 +35,6 @@ std::string TakeNextProblem(int device) {
   registry.next_problem.erase(found);
   return problem;
 }
-
-ffi::Error Internal(std::string text) { return ffi::Error::Internal(std::move(text)); }
 
 // Whether kernels on the device can read the address; `own` is current again afterwards. Globals of
 // a module are mapped on their own GPU only, with peer access too.
@@ -116,17 +109,11 @@ ffi::Error Arena::Ensure(int64_t half_bytes, const AllocateScratch& allocate, ui
   if (half_bytes == 0 || regions_.count(half_bytes)) return ffi::Error::Success();
   SharedMemory region;
   JAX_MOE_EP_RETURN_IF_ERROR(Share(RegionBytes(half_bytes), timeout_ns, &region));
-  if (!is_one_process()) JAX_MOE_EP_RETURN_IF_ERROR(SharePools(allocate(), timeout_ns));
+  if (!is_one_process()) {
+    JAX_MOE_EP_RETURN_IF_ERROR(SharePool(meeting_.exchange(), allocate(), timeout_ns, &pools_));
+  }
   std::lock_guard<std::mutex> lock(TheRegistry().mutex);
   regions_[half_bytes] = region;
-  return ffi::Error::Success();
-}
-
-ffi::Error Arena::SharePools(const void* scratch, uint64_t timeout_ns) {
-  std::vector<SharedPool> pools = pools_;
-  JAX_MOE_EP_RETURN_IF_ERROR(SharePool(meeting_.exchange(), scratch, timeout_ns, &pools));
-  std::lock_guard<std::mutex> lock(TheRegistry().mutex);
-  pools_ = std::move(pools);
   return ffi::Error::Success();
 }
 

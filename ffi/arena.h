@@ -74,7 +74,6 @@ class Arena {
   ffi::Error Meet(uint64_t timeout_ns);
   ffi::Error Restart(uint64_t timeout_ns);
   ffi::Error Share(int64_t bytes, uint64_t timeout_ns, SharedMemory* shared);
-  ffi::Error SharePools(const void* scratch, uint64_t timeout_ns);
   ffi::Error CheckPeersCanRead(const char* what, const void* address) const;
   template <typename Write>
   static void ForEach(Write write);

@@ -115,8 +115,8 @@ ffi::Error InitializeGroup(CommunicatorContext& context,
   JAX_MOE_EP_RETURN_IF_ERROR((*arena)->CheckFailure());
   // Before the ranks meet: who fails later than that lets the others launch and wait.
   int device = 0;
-  JAX_MOE_EP_RETURN_IF_ERROR(ToFfiError("jax_moe_ep", cudaGetDevice(&device)));
-  JAX_MOE_EP_RETURN_IF_ERROR(ToFfiError("jax_moe_ep", site->Prepare(device)));
+  JAX_MOE_EP_RETURN_IF_CUDA_ERROR(cudaGetDevice(&device));
+  JAX_MOE_EP_RETURN_IF_CUDA_ERROR(site->Prepare(device));
   auto allocate = [&] { return allocator.Allocate(kScratchBytes).value_or(nullptr); };
   // Once the ranks have met, it is known whether they are one process and need to stage.
   JAX_MOE_EP_RETURN_IF_ERROR((*arena)->Ensure(0, allocate, attributes.timeout_ns));
@@ -130,9 +130,7 @@ ffi::ErrorOr<GroupView> MakeView(const Arena& arena,
                                  const GroupAttributes& attributes,
                                  int64_t row_bytes) {
   int device = 0;
-  if (ffi::Error error = ToFfiError("jax_moe_ep", cudaGetDevice(&device)); error.failure()) {
-    return error;
-  }
+  JAX_MOE_EP_RETURN_IF_CUDA_ERROR(cudaGetDevice(&device));
   int64_t bytes = attributes.Layout(arena.is_one_process()).total;
   GroupView view = arena.View(HalfBytes(bytes));
   view.timeout_ns = attributes.timeout_ns;

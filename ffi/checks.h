@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <initializer_list>
 #include <string>
+#include <utility>
 
 #include "xla/ffi/api/ffi.h"
 
@@ -40,10 +41,12 @@ ffi::Error CheckDims(const char* op,
                                      DimsToString(got.begin(), got.size()));
 }
 
+inline ffi::Error Internal(std::string text) { return ffi::Error::Internal(std::move(text)); }
+
 inline ffi::Error ToFfiError(const char* op, cudaError_t status) {
   if (status == cudaSuccess) return ffi::Error::Success();
-  return ffi::Error::Internal(std::string(op) + ": " + cudaGetErrorName(status) + ": " +
-                              cudaGetErrorString(status));
+  return Internal(std::string(op) + ": " + cudaGetErrorName(status) + ": " +
+                  cudaGetErrorString(status));
 }
 
 }  // namespace jax_moe_ep
@@ -52,5 +55,9 @@ inline ffi::Error ToFfiError(const char* op, cudaError_t status) {
   if (::xla::ffi::Error error = (expression); error.failure()) { \
     return error;                                                \
   }
+
+// Where the error is no single op's.
+#define JAX_MOE_EP_RETURN_IF_CUDA_ERROR(expression) \
+  JAX_MOE_EP_RETURN_IF_ERROR(::jax_moe_ep::ToFfiError("jax_moe_ep", (expression)))
 
 #endif  // JAX_MOE_EP_CHECKS_H_

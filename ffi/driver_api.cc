@@ -2,6 +2,8 @@
 
 #include <dlfcn.h>
 
+#include <type_traits>
+
 namespace jax_moe_ep {
 namespace {
 
@@ -10,19 +12,14 @@ struct Loaded {
   bool is_complete = false;
 };
 
-template <typename Function>
-void Find(void* library, const char* name, Function* function, bool* is_complete) {
-  *function = reinterpret_cast<Function>(dlsym(library, name));
-  *is_complete &= *function != nullptr;
-}
-
 Loaded Load() {
   Loaded loaded;
   void* library = dlopen("libcuda.so.1", RTLD_NOW | RTLD_NOLOAD);
   if (library == nullptr) return loaded;
   loaded.is_complete = true;
   auto find = [&](const char* name, auto* function) {
-    Find(library, name, function, &loaded.is_complete);
+    *function = reinterpret_cast<std::remove_pointer_t<decltype(function)>>(dlsym(library, name));
+    loaded.is_complete &= *function != nullptr;
   };
   find("cuMemGetAddressRange_v2", &loaded.api.get_address_range);
   find("cuPointerGetAttribute", &loaded.api.pointer_get_attribute);

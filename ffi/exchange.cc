@@ -11,15 +11,6 @@
 #include "layout.h"
 
 namespace jax_moe_ep {
-namespace {
-
-#define JAX_MOE_EP_RETURN_IF_CUDA_ERROR(expression) \
-  JAX_MOE_EP_RETURN_IF_ERROR(ToFfiError("jax_moe_ep", (expression)))
-
-ffi::Error Internal(std::string text) { return ffi::Error::Internal(std::move(text)); }
-
-}  // namespace
-
 ffi::Error Exchange::Start(NcclComm* comm, int device) {
   std::string why_not;
   const NcclApi* nccl = GetNcclApi(&why_not);

@@ -26,8 +26,6 @@ std::string OutOfMemory(int64_t bytes, cudaError_t status) {
          ") or set XLA_PYTHON_CLIENT_PREALLOCATE=false; jax_moe_ep.memory tells the bytes";
 }
 
-ffi::Error Internal(std::string text) { return ffi::Error::Internal(std::move(text)); }
-
 }  // namespace
 
 // What ranks tell each other when they meet.
