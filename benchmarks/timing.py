@@ -50,9 +50,7 @@ def longer_us(short: Call, long: Call, num_repeats: int = NUM_REPEATS) -> list[f
     for _ in range(NUM_WARMUPS + num_repeats):
         for (program, args), each in zip((short, long), times, strict=True):
             _await_common_start()
-            start = time.perf_counter()
-            jax.block_until_ready(program(*args))
-            each.append((time.perf_counter() - start) * 1e6)
+            each.append(_wall_us(program, args))
     slowest = [_largest_of_processes(each[NUM_WARMUPS:]) for each in times]
     return (slowest[1] - slowest[0]).tolist()
 
@@ -110,12 +108,14 @@ def wall_times_us(calls: Sequence[Call]) -> list[list[float]]:
 
 
 def _wall_times_us(program: Callable[..., Any], args: tuple[Any, ...]) -> list[float]:
-    times = []
-    for _ in range(1 + NUM_WALL_REPEATS):
-        start = time.perf_counter()
-        jax.block_until_ready(program(*args))
-        times.append((time.perf_counter() - start) * 1e6)
+    times = [_wall_us(program, args) for _ in range(1 + NUM_WALL_REPEATS)]
     return _largest_of_processes(times[1:]).tolist()
+
+
+def _wall_us(program: Callable[..., Any], args: tuple[Any, ...]) -> float:
+    start = time.perf_counter()
+    jax.block_until_ready(program(*args))
+    return (time.perf_counter() - start) * 1e6
 
 
 def _await_common_start() -> None:
