@@ -6,33 +6,17 @@ Needs g++ and CUDA's headers, no GPU.
 """
 
 import re
-import subprocess
 
 import pytest
-from native_build import FFI, NATIVE, build, needs_compiler
+from native_build import needs_compiler
+from scenarios import build_scenarios, texts
 
 pytestmark = needs_compiler
 
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory):
-    names = ("arena", "exchange", "meeting", "pool", "mailbox", "failure")
-    sources = [FFI / f"{name}.cc" for name in names]
-    sources += [NATIVE / f"{name}.cc" for name in ("fake_gpus", "fake_driver", "meetings")]
-    built = build(tmp_path_factory.mktemp("meetings"), *sources)
-
-    def run(*args):
-        done = subprocess.run(
-            [built, *map(str, args)], capture_output=True, text=True, timeout=30, check=True
-        )
-        return done.stdout
-
-    return run
-
-
-def texts(output, what):
-    """What each rank said after a step, in the order of ranks."""
-    return re.findall(rf"^{what}, rank \d+: (.*)$", output, re.MULTILINE)
+    return build_scenarios(tmp_path_factory.mktemp("meetings"), "meetings")
 
 
 @pytest.mark.parametrize("num_ranks", [2, 4, 8, 16])
@@ -118,83 +102,3 @@ def test_memory_that_peers_do_not_map_is_an_error(program):
     said = texts(output, "module")
     assert len(said) == 3
     assert all(text.startswith("x is memory that the other GPUs of the process") for text in said)
-
-
-REGIONS = ("region", "larger region", "largest region", "last region")
-
-
-def assert_met(output, num_ranks):
-    assert all(texts(output, step) == ["fine"] * num_ranks for step in REGIONS)
-
-
-@pytest.mark.parametrize("num_ranks", [2, 3, 8, 16])
-def test_processes_read_pools_in_place(program, num_ranks):
-    """Every rank maps that of every other, once. Allocated anew at its address it is another."""
-    output = program("pools", num_ranks)
-    assert_met(output, num_ranks)
-    once = num_ranks * (num_ranks - 1)
-    assert f"\nmappings: {once}\n" in output
-    assert f"mappings after the same again: {once}\n" in output
-    assert f"mappings in the end: {3 * once - (num_ranks - 1)}\n" in output  # rank 0 has two
-    for place in ("first", "last", "later", "earlier", "others"):
-        assert texts(output, place) == ["in place"] * num_ranks, place
-    for place in ("across the end", "unknown", "reallocated"):
-        assert texts(output, place) == ["staged"] * num_ranks, place
-
-
-@pytest.mark.parametrize("scenario", ["pools_of_halves", "pools_by_turns"])
-@pytest.mark.parametrize("num_ranks", [4, 6, 8, 16])
-def test_ranks_of_a_process_map_the_pools_of_others(program, scenario, num_ranks):
-    """Two processes."""
-    output = program(scenario, num_ranks)
-    assert_met(output, num_ranks)
-    assert f"\nmappings: {num_ranks * num_ranks // 2}\n" in output
-    assert texts(output, "first") == texts(output, "later") == ["in place"] * num_ranks
-
-
-def test_an_allocator_without_a_pool_is_staged(program):
-    """Its arrays have allocations of their own: peers would keep them when the arrays are gone, and
-    read them when others have come to their addresses."""
-    output = program("pools_of_one_array", 2)
-    assert_met(output, 2)
-    assert "\nmappings: 0\n" in output
-    assert texts(output, "first") == texts(output, "later") == ["staged"] * 2
-
-
-@pytest.mark.parametrize("num_ranks", [3, 8, 16])
-def test_who_cannot_export_stages_alone(program, num_ranks):
-    """Every other rank."""
-    output = program("pools_not_exported", num_ranks)
-    assert_met(output, num_ranks)
-    assert texts(output, "first") == (["in place", "staged"] * num_ranks)[:num_ranks]
-
-
-def test_all_stage_for_one_that_cannot_map(program):
-    """But that one, whom the others read."""
-    output = program("pools_not_mapped", 3)
-    assert_met(output, 3)
-    assert "\nmappings: 4\n" in output
-    assert texts(output, "first") == ["staged", "in place", "staged"]
-
-
-def test_letters_that_are_lost_are_not_waited_for_long(program):
-    """Half as long as the meeting: no rank gives it up. Only the sender stages."""
-    output = program("pools_not_sent", 3)
-    assert_met(output, 3)
-    assert texts(output, "first") == ["in place", "staged", "in place"]
-
-
-def test_signals_do_not_end_the_wait_for_letters(program):
-    output = program("pools_interrupted", 3)
-    assert_met(output, 3)
-    assert texts(output, "first") == texts(output, "later") == ["in place"] * 3
-
-
-def test_a_stranger_sends_no_pool(program):
-    """Names of mailboxes can be read by anybody on the host: letters without the secret that the
-    ranks told each other are thrown away, with their descriptors."""
-    output = program("pools_and_a_stranger", 3)
-    assert int(re.search(r"^letters: (\d+)$", output, re.MULTILINE)[1]) >= 6
-    assert "\nmappings: 6\n" in output
-    assert texts(output, "first") == texts(output, "later") == ["in place"] * 3
-    assert re.search(r"^descriptors beside pools: [0-5]$", output, re.MULTILINE)
