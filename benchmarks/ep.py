@@ -4,7 +4,8 @@ links and memory and against stock JAX.
 One process with all GPUs, or one process a GPU, started with the environment variables
 JAX_MOE_EP_COORDINATOR, JAX_MOE_EP_PROCESS and JAX_MOE_EP_NUM_PROCESSES. XLA runs nothing as a CUDA
 graph while the profiler looks on (but with xla_enable_command_buffers_during_profiling): gaps
-between kernels are those of launches by the host.
+between kernels are those of launches by the host. Loops are timed by the host's clock instead, as
+XLA runs them by default and captured.
 
 The results of two GPUs are ep.json, those of R others ep-R.json, and with "-processes" of one
 process a GPU. There P is not measured: give the P_GBps of a run in one process as --peer-gbps.
@@ -17,6 +18,7 @@ and each result is written at once, because a hang ends the process; then --ragg
 
 import dataclasses
 import faulthandler
+import itertools
 import os
 import pathlib
 import sys
@@ -32,6 +34,7 @@ from rich.progress import track
 import jax_moe_ep as ep
 from benchmarks import stock
 from benchmarks.group import (
+    LOOPS,
     Bench,
     Inputs,
     Program,
@@ -44,7 +47,7 @@ from benchmarks.group import (
     ops,
 )
 from benchmarks.limits import copy_rate, describe_limits, limits
-from benchmarks.report import LOOP, Row, label, make_row, plot, result_name, show
+from benchmarks.report import Row, label, make_row, plot, result_name, show
 from benchmarks.shapes import GroupShape, group_sweep, quick_points
 from benchmarks.timing import RESULTS, save
 from jax_moe_ep import cuda
@@ -56,7 +59,7 @@ ALLOW_NCCL = "xla_gpu_allow_ragged_all_to_all_nccl_send_recv_fallback"
 
 
 def measure(bench: Bench, shape: GroupShape, bytes_per_us: float, forms: Any = ()) -> list[Row]:
-    """All ops at one point; forms are "loop" and "stock"."""
+    """All ops at one point; forms are "loops" and "stock"."""
     inputs, ids, num_calls = make_inputs(bench, shape, with_stock="stock" in forms)
     limit = limits(bench, shape, ids, bytes_per_us)
     steps = ops(bench.config(shape))
@@ -65,13 +68,13 @@ def measure(bench: Bench, shape: GroupShape, bytes_per_us: float, forms: Any = (
         for op, step in steps.items()
         if is_measured(op, shape)
     }
-    if "loop" in forms:
-        for op in ("plan_and_dispatch", "combine"):
-            programs[op, LOOP] = bench.in_loop(steps[op], inputs[0])
     if "stock" in forms:
         check_gradients(bench, inputs[0])
         programs |= stock_programs(bench, stock.FORMS, inputs, num_calls)
     us = bench.us(programs)
+    if "loops" in forms:
+        for op, form in itertools.product(("plan_and_dispatch", "combine"), LOOPS):
+            us[op, form] = bench.in_loop_us(steps[op], inputs[0], form)
     if bench.implementation == "cuda":
         ep.check()
     return [make_row(shape, *key, us[key], limit.get(key[0], {})) for key in us]
@@ -174,9 +177,9 @@ def ragged_forms(one_shot: Sequence[bool]) -> list[tuple[bool, str, str]]:
 
 
 def forms_of(shape: GroupShape) -> list[str]:
-    """Stock JAX at the standard point with any T; a loop where a step is short."""
+    """Stock JAX at the standard point with any T; loops where a step is short."""
     is_standard = shape == GroupShape(R=shape.R, T=shape.T)
-    return ["stock"] * is_standard + ["loop"] * (shape.T == 128)
+    return ["stock"] * is_standard + ["loops"] * (shape.T == 128)
 
 
 def shrunk(shape: GroupShape) -> GroupShape:

@@ -18,6 +18,7 @@ from benchmarks.peer_copies import peer_copies_us, wall_peer_copies_us
 from benchmarks.shapes import GroupShape
 from benchmarks.stock import AXIS, StockPlan, stock_plan
 from benchmarks.timing import longer_us, program_times_us, wall_times_us
+from jax_moe_ep import cuda
 
 BYTES_BEYOND_L2 = 200e6  # four times the 50 MB of an H200
 MOST_BUFFER_BYTES = 12e9  # of the rows that one program reads, and of those that it writes
@@ -25,14 +26,6 @@ FEWEST_CALLS, USUAL_CALLS, MOST_CALLS = 8, 16, 32  # of one program
 BYTES_OF_A_PROGRAM = 6e9  # of rows: some milliseconds, beside which its start is little
 NUM_ITERATIONS = 100
 LONGER = 5  # times as many
-
-# By default XLA captures the calls of a program but no loop.
-CAPTURE_LOOPS = {
-    "xla_gpu_enable_command_buffer": (
-        "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE"
-    ),
-    "xla_gpu_graph_min_graph_size": 1,
-}
 TIMEOUT_S = 60.0
 
 
@@ -49,6 +42,21 @@ class Inputs(NamedTuple):
 
 Step = Callable[[Inputs], Any]
 XlaOptions = dict[str, bool | int | str]
+
+# By default XLA captures the calls of a program but no loop: the host launches each kernel in it.
+# Captured, a loop is one CUDA graph, with a node that is its condition or with all iterations.
+CAPTURE: XlaOptions = {
+    "xla_gpu_enable_command_buffer": (
+        "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE"
+    ),
+    "xla_gpu_graph_min_graph_size": 1,
+}
+UNROLL: XlaOptions = {"xla_gpu_command_buffer_unroll_loops": True}
+LOOPS: dict[str, XlaOptions] = {
+    "in a loop": {},
+    "in a captured loop": CAPTURE,
+    "in a captured loop, unrolled": CAPTURE | UNROLL,
+}
 
 
 class Program(NamedTuple):
@@ -105,20 +113,27 @@ class Bench:
         calls = [*inputs] * max(num_calls // len(inputs), 1)
         return Program(self.on_ranks(in_turn(step), xla), calls, len(calls))
 
-    def in_loop(self, step: Step, inputs: Inputs) -> Program:
-        """A loop around the step, whose inputs may then be in L2."""
-        count = self.num_iterations
-        return Program(self.on_ranks(in_loop(step, count)), inputs, count)
-
-    def captured_us(self, step: Step, inputs: Inputs) -> float:
-        """Of the step in a loop that is a CUDA graph: of an iteration that a long one has more than
-        a short one."""
-        short, long = (
-            self.on_ranks(in_loop(step, count), CAPTURE_LOOPS)
-            for count in (self.num_iterations, LONGER * self.num_iterations)
-        )
+    def in_loop_us(self, step: Step, inputs: Inputs, form: str) -> float:
+        """Of the step in one of LOOPS: of an iteration that a long one has more than a short one.
+        Its inputs may be in L2. That XLA has captured it is seen from the handlers, which the host
+        calls for each launch that is not replayed."""
+        counts = self.num_iterations, LONGER * self.num_iterations
+        short, long = (self.on_ranks(in_loop(step, count), LOOPS[form]) for count in counts)
+        before = self.num_host_calls()
         times = self.longer((short, (inputs,)), (long, (inputs,)))
-        return statistics.median(times) / ((LONGER - 1) * self.num_iterations)
+        host_calls = self.num_host_calls() - before
+        iterations = sum(counts) * len(times) * len(self.mesh.local_devices)
+        if LOOPS[form] and 2 * host_calls > iterations:
+            raise RuntimeError(
+                f"{form}: XLA has captured none, the host launched {host_calls} kernels in "
+                f"{iterations} iterations"
+            )
+        return statistics.median(times) / (counts[1] - counts[0])
+
+    def num_host_calls(self) -> int:
+        """Of the kernels' handlers in this process, ever."""
+        is_cuda = self.implementation == "cuda"
+        return cuda.extension("benchmarks").num_executions() if is_cuda else 0
 
     def us[Key](self, programs: Mapping[Key, Program]) -> dict[Key, float]:
         """Of one call of each program's step."""

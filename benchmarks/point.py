@@ -3,7 +3,7 @@
     python -m benchmarks.point combine dispatch --num-sms 32
     python -m benchmarks.point plan_and_dispatch combine --t 128 --a 1 --capacity worst --loop
 
-With --captured the loop is one CUDA graph.
+With --loop an iteration of a fori_loop, as XLA runs it by default and captured as a CUDA graph.
 
 The ops are those of benchmarks.group; in several processes it is started as benchmarks.ep is.
 """
@@ -15,7 +15,7 @@ import typer
 
 import jax_moe_ep as ep
 from benchmarks.ep import join_processes, shrunk
-from benchmarks.group import make_bench, make_inputs, ops
+from benchmarks.group import LOOPS, make_bench, make_inputs, ops
 from benchmarks.shapes import GroupShape
 
 
@@ -30,7 +30,6 @@ def main(
     routing: str = GroupShape.routing,
     num_sms: int | None = None,
     loop: Annotated[bool, typer.Option(help="An iteration of a fori_loop.")] = False,
-    captured: Annotated[bool, typer.Option(help="Likewise, as a CUDA graph.")] = False,
     ranks: Annotated[int | None, typer.Option(help="GPUs to use; all, if left out.")] = None,
     wall: Annotated[bool, typer.Option(help="A dry run on any devices.")] = False,
 ) -> None:
@@ -44,16 +43,14 @@ def main(
     if unknown := set(names) - steps.keys():
         raise typer.BadParameter(f"{sorted(unknown)} is none of {sorted(steps)}")
     inputs, _, num_calls = make_inputs(bench, shape)
-    if captured:
-        times = {name: bench.captured_us(steps[name], inputs[0]) for name in names}
-    else:
-        programs = {
-            name: bench.in_loop(steps[name], inputs[0])
-            if loop
-            else bench.in_turn(steps[name], inputs, num_calls)
+    if loop:
+        times = {
+            f"{name} {form}": bench.in_loop_us(steps[name], inputs[0], form)
             for name in names
+            for form in LOOPS
         }
-        times = bench.us(programs)
+    else:
+        times = bench.us({name: bench.in_turn(steps[name], inputs, num_calls) for name in names})
     if not wall:
         ep.check()
     if jax.process_index() == 0:

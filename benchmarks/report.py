@@ -7,12 +7,13 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.group import LOOPS
 from benchmarks.limits import LIMITED
 from benchmarks.shapes import GroupShape
 
-LOOP = "in a loop"
-
 Row = dict[str, Any]
+
+OURS = ("", *LOOPS)  # forms
 
 
 def result_name(benchmark: str, num_ranks: int) -> str:
@@ -42,7 +43,7 @@ def label(shape: GroupShape) -> str:
 def best_stock(rows: list[Row], row: Row) -> Row | None:
     """The fastest stock form of a row's op at its point."""
     point = {key: row[key] for key in (*vars(GroupShape()), "op")}
-    forms = [r for r in rows if r["form"] not in ("", LOOP) and point.items() <= r.items()]
+    forms = [r for r in rows if r["form"] not in OURS and point.items() <= r.items()]
     return min(forms, key=lambda r: r["us"], default=None)
 
 
@@ -52,7 +53,7 @@ def show(rows: list[Row], console: Console) -> None:
     limits = ("remote MB", "local MB", "P us", "M us", "us/P", "us/M")
     rates = ("GB/s remote", "with own")
     table = Table(*letters[:-2], "SMs", "routing", "op", "us", *limits, *rates, "stock us")
-    for r in [r for r in rows if r["form"] in ("", LOOP)]:
+    for r in [r for r in rows if r["form"] in OURS]:
         best = None if r["form"] else best_stock(rows, r)
         table.add_row(
             *["-" if r[letter] is None else str(r[letter]) for letter in letters],

@@ -269,8 +269,10 @@ def on_ranks(
     mesh: Mesh | AbstractMesh,
     axes: Sequence[str | tuple[str, ...]] = (AXIS,),
     check_vma: bool = True,
+    xla: dict[str, bool | int | str] | None = None,
 ) -> Callable[..., Any]:
-    """op on every rank's shard, jitted; arrays have one leading axis for each entry of `axes`."""
+    """op on every rank's shard, jitted with XLA's options; arrays have one leading axis for each
+    entry of `axes`."""
     first = (0,) * len(axes)
     ones = (None,) * len(axes)
 
@@ -278,9 +280,8 @@ def on_ranks(
         return jax.tree.map(lambda x: x[ones], op(*jax.tree.map(lambda x: x[first], args)))
 
     spec = P(*axes)
-    return jax.jit(
-        jax.shard_map(shard, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=check_vma)
-    )
+    mapped = jax.shard_map(shard, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=check_vma)
+    return jax.jit(mapped, compiler_options=xla)
 
 
 @functools.cache

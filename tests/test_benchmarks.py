@@ -47,48 +47,64 @@ def test_a_loop_plans_in_each_iteration_and_calls_plan_one_by_one():
 
 
 def test_one_call_of_the_programs_is_reported():
-    """A program of 2 inputs, 6 calls, takes 60, 90 and 600 us: 15 a call; a loop of 4 a quarter."""
+    """Programs of 2 inputs, with 6 and 2 calls, take 60, 90 and 600 us: 15 and 45 a call."""
 
     def times(calls):
-        (_, (in_turn,)), (_, (in_loop,)) = calls
-        assert len(in_turn) == 6
-        assert isinstance(in_loop, group.Inputs)
+        assert [len(inputs) for _, (inputs,) in calls] == [6, 2]
         return [[600.0, 60.0, 90.0]] * 2
 
     inputs, _, _ = tiny_inputs()
     bench = dataclasses.replace(tiny_bench(), times=times)
-    programs = {
-        "in turn": bench.in_turn(lambda i: i.x, inputs, num_calls=7),
-        "in a loop": bench.in_loop(lambda i: i.x, inputs[0]),
-    }
-    assert bench.us(programs) == {"in turn": 15, "in a loop": 22.5}
+    programs = {calls: bench.in_turn(lambda i: i.x, inputs, num_calls=calls) for calls in (7, 2)}
+    assert bench.us(programs) == {7: 15, 2: 45}
 
 
-def test_an_iteration_of_a_captured_loop():
-    """Loops of 4 and 20 iterations, both of the step, compiled to be captured: 16 more take 160,
-    320 and 960 us."""
-    seen = []
+class NotedBench(group.Bench):
+    """Loops of 4 and 20 iterations, of which 16 take 160, 320 and 960 us; the options they are
+    compiled with, what they compute, and so many calls of handlers for each iteration."""
 
-    def longer(*calls):
-        for program, (given,) in calls:
-            seen.append(program(given))
+    options, computed, host_calls, calls_an_iteration = [], [], 0, 0.0
+
+    def on_ranks(self, op, xla=None):
+        self.options.append(xla)
+        return super().on_ranks(op, xla)
+
+    def num_host_calls(self):
+        return self.host_calls
+
+    @classmethod
+    def noted(cls, calls_an_iteration):
+        cls.options, cls.computed, cls.calls_an_iteration = [], [], calls_an_iteration
+        bench = tiny_bench()
+        fields = {field.name: getattr(bench, field.name) for field in dataclasses.fields(bench)}
+        return cls(**fields | {"longer": cls.note})
+
+    @classmethod
+    def note(cls, *calls):
+        cls.computed += [program(given) for program, (given,) in calls]
+        cls.host_calls += int(cls.calls_an_iteration * 24 * 3 * 2)  # thrice, on two devices
         return [320.0, 960.0, 160.0]
 
+
+@pytest.mark.parametrize("form", group.LOOPS)
+def test_an_iteration_of_a_loop(form):
     inputs, _, _ = tiny_inputs()
-    options = []
+    bench = NotedBench.noted(0.5)
+    assert bench.in_loop_us(lambda i: i.x, inputs[0], form) == 20
+    assert len(bench.computed) == 2
+    assert all((each == inputs[0].x).all() for each in bench.computed)
+    (options,) = {tuple(each.items()) for each in bench.options}
+    captured = dict(options).get("xla_gpu_enable_command_buffer", "").split(",")
+    assert ("WHILE" in captured) == ("captured" in form)
+    assert ("xla_gpu_command_buffer_unroll_loops" in dict(options)) == ("unrolled" in form)
 
-    class Noted(group.Bench):
-        def on_ranks(self, op, xla=None):
-            options.append(xla)
-            return super().on_ranks(op, xla)
 
-    bench = tiny_bench()
-    fields = {field.name: getattr(bench, field.name) for field in dataclasses.fields(bench)}
-    noted = Noted(**fields | {"longer": longer})
-    assert noted.captured_us(lambda i: i.x, inputs[0]) == 20
-    assert all((each == inputs[0].x).all() for each in seen)
-    assert options == [group.CAPTURE_LOOPS] * 2
-    assert "WHILE" in group.CAPTURE_LOOPS["xla_gpu_enable_command_buffer"].split(",")
+def test_a_loop_that_xla_did_not_capture_is_an_error():
+    inputs, _, _ = tiny_inputs()
+    bench = NotedBench.noted(0.6)
+    assert bench.in_loop_us(lambda i: i.x, inputs[0], "in a loop") == 20
+    with pytest.raises(RuntimeError, match="launched 86 kernels in 144 iterations"):
+        bench.in_loop_us(lambda i: i.x, inputs[0], "in a captured loop")
 
 
 def test_tokens_and_rows_are_made_once_for_points_of_one_size():
@@ -114,8 +130,8 @@ def test_a_program_moves_enough_in_few_calls():
 def test_what_is_measured_beside_the_ops():
     forms = {point: benchmark.forms_of(point) for point in shapes.group_sweep(2)}
     assert forms[GroupShape()] == ["stock"]
-    assert forms[GroupShape(T=128)] == ["stock", "loop"]
-    assert forms[GroupShape(T=128, A=1, capacity="worst")] == ["loop"]
+    assert forms[GroupShape(T=128)] == ["stock", "loops"]
+    assert forms[GroupShape(T=128, A=1, capacity="worst")] == ["loops"]
     assert forms[GroupShape(H=2048)] == []
     assert [s.T for s, f in forms.items() if "stock" in f] == [4096, 16, 128, 1024, 8192, 16384]
     assert benchmark.forms_of(GroupShape(R=8)) == ["stock"]
@@ -135,8 +151,8 @@ def test_a_dry_run_writes_its_results(monkeypatch, tmp_path, capsys):
     assert "100.0 GB/s" in result["limits"]["P"]
     ops = ["plan", "dispatch", "combine", "dispatch_backward", "combine_backward", "round_trip"]
     forms = [(op, "") for op in ops]
-    forms += [("plan_and_dispatch", "in a loop"), ("combine", "in a loop")]
     forms += [(op, name) for op in stock.FORMS for name in stock.FORMS[op]]
+    forms += [(op, loop) for op in ("plan_and_dispatch", "combine") for loop in group.LOOPS]
     assert [(row["op"], row["form"]) for row in result["rows"]] == forms
     for row in result["rows"]:
         assert row["us"] > 0
@@ -251,12 +267,14 @@ def test_a_step_calls_each_op_in_the_loops(monkeypatch):
 # One point.
 
 
-@pytest.mark.parametrize("way", [{}, {"loop": True}, {"captured": True}])
-def test_one_point(capsys, way):
-    point_benchmark.main(["combine", "plan"], **way, ranks=2, wall=True)
-    shown = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert [(op, unit) for op, _, unit in shown] == [("combine", "us"), ("plan", "us")]
-    assert all(float(us) > 0 for _, us, _ in shown)
+@pytest.mark.parametrize("loop", [False, True])
+def test_one_point(capsys, loop):
+    point_benchmark.main(["combine", "plan"], loop=loop, ranks=2, wall=True)
+    shown = [line.rsplit(maxsplit=2) for line in capsys.readouterr().out.splitlines()]
+    forms = [f" {form}" for form in group.LOOPS] if loop else [""]
+    names = [op + form for op in ("combine", "plan") for form in forms]
+    assert [(name, unit) for name, _, unit in shown] == [(name, "us") for name in names]
+    assert all(float(us) != 0 for _, us, _ in shown)
 
 
 def test_one_point_of_an_unknown_op():
