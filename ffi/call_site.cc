@@ -140,6 +140,7 @@ ffi::ErrorOr<GroupView> MakeView(const Arena& arena,
                     attributes.num_tokens,
                     row_bytes,
                     static_cast<uint64_t>(attributes.options_hash)};
+  view.hash = Hash(view.signature);
   return view;
 }
 

@@ -76,13 +76,13 @@ __device__ bool Collect(const GroupBackwardParams<T>& p,
 template <typename T>
 __global__ void __launch_bounds__(kTeams* kThreads, 1)
     GroupCombineBackwardKernel(const __grid_constant__ GroupBackwardParams<T> p) {
-  __shared__ uint64_t epoch;
+  __shared__ BlockCall call;
   __shared__ int64_t claims[kTeams];
   __shared__ float partial[kTeams][BackwardTeam::kWarps][kWeightsAtOnce];
-  if (threadIdx.x == 0) epoch = Begin(p.group, true);
-  __syncthreads();
+  Begun begun = Begin(p.group, p.num_staged() > 0, call);
+  uint64_t epoch = begun.epoch;
   if (epoch != kAborted) {
-    StageGradients(p, epoch);
+    int64_t num_done = begun.num_told + StageGradients(p, epoch);
     const BackwardTeam team;
     TeamItems<BackwardTeam> items(p.group, team, &claims[team.id]);
     TeamReady<BackwardTeam> ready;
@@ -98,8 +98,8 @@ __global__ void __launch_bounds__(kTeams* kThreads, 1)
       goes_on = Collect(p, team, epoch, item - p.num_pulls());
     }
     team.Sync();
-    bool is_last = goes_on && team.thread == 0 &&
-                   Complete(&p.group.launch->done, chunks, p.num_table_chunks());
+    if (team.thread == 0) num_done += chunks;
+    bool is_last = goes_on && Complete(&p.group.launch->done, num_done, p.num_last_items());
     if (is_last) TellConsumed(p.group, epoch);
     __syncwarp();
     int64_t worker = (int64_t{blockIdx.x} * blockDim.x + threadIdx.x) / kWarpSize;
@@ -146,7 +146,10 @@ cudaError_t LaunchGroupCombineBackward(const GroupView& group,
     params.hidden = arrays.row_bytes / static_cast<int64_t>(sizeof(T));
     params.num_dout_chunks =
         group.is_read_in_place() ? 0 : NumChunks(plan.num_tokens * arrays.row_bytes);
-    if (limits.has_bulk_copy && plan.top_k <= kMaxBulkTopK) {
+    bool is_bulk = limits.has_bulk_copy && plan.top_k <= kMaxBulkTopK;
+    params.has_few_weights = is_bulk && AreFewWeights(group, plan);
+    if (params.has_few_weights) params.group = WithFewWeights(group);
+    if (is_bulk) {
       GroupCombineBackwardBulkKernel<T>
           <<<limits.num_sms, kRingThreads, kRingBytes, stream>>>(params);
     } else {

@@ -22,9 +22,16 @@ struct GroupBackwardParams {
   float* dweights;          // [T, K]
   int64_t hidden;           // H
   int64_t num_dout_chunks;  // to stage; 0: peers read dout where it is
+  bool has_few_weights;     // of peers, in words
 
   __device__ int64_t num_weights() const { return plan.num_tokens * plan.top_k; }
   __device__ int64_t num_table_chunks() const { return NumWarpChunks(num_weights()); }
+  __device__ int64_t num_staged_tables() const { return has_few_weights ? 0 : num_table_chunks(); }
+  __device__ int64_t num_staged() const { return num_staged_tables() + num_dout_chunks; }
+  // That end the call: chunks of dweights, and what the peers are told.
+  __device__ int64_t num_last_items() const {
+    return num_table_chunks() + 1 + (has_few_weights ? num_table_chunks() : 0);
+  }
   __device__ int64_t num_pulls() const { return order.size(group.num_ranks); }
 
   // Once the source is ready: its gradients [T, H] and weights [T, K], and where its weight
@@ -42,17 +49,18 @@ struct GroupBackwardParams {
   }
 };
 
+// 1 for the lane that has told the peers.
 template <typename T>
-__device__ void StageGradients(const GroupBackwardParams<T>& p, uint64_t epoch) {
+__device__ int StageGradients(const GroupBackwardParams<T>& p, uint64_t epoch) {
   uint4* to = reinterpret_cast<uint4*>(Half(p.group, p.group.rank, epoch) + p.layout.staging);
   int64_t vectors = p.plan.num_tokens * (p.hidden / Vec<T>::kSize);
-  int64_t num_chunks = p.num_table_chunks() + p.num_dout_chunks;
-  Stage(p.group, epoch, num_chunks, [&](int64_t chunk) {
-    if (chunk < p.num_table_chunks()) {
+  if (p.num_staged() == 0) return 0;
+  return Stage(p.group, epoch, p.num_staged(), [&](int64_t chunk) {
+    if (chunk < p.num_staged_tables()) {
       PushWeights(p.group, p.layout, p.plan, p.weights, epoch, chunk);
     } else {
       const uint4* from = reinterpret_cast<const uint4*>(p.dout);
-      CopyChunk(from, to, chunk - p.num_table_chunks(), vectors);
+      CopyChunk(from, to, chunk - p.num_staged_tables(), vectors);
     }
   });
 }

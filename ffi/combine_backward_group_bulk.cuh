@@ -90,8 +90,14 @@ class BackwardFeeder {
     if (next_.rows == 0) return;
     is_fine_ = ready_.Wait(group, epoch_, next_.source);
     if (!is_fine_) return;
-    if (lane < top_k) next_.weight = p_.Weights(next_.source, epoch_)[place];
-    has_next_ = true;
+    bool is_there = true;
+    if (lane < top_k && p_.has_few_weights && next_.source != group.rank) {
+      is_there = ReceiveWeight(group, p_.plan, epoch_, next_.source, place, &next_.weight);
+    } else if (lane < top_k) {
+      next_.weight = p_.Weights(next_.source, epoch_)[place];
+    }
+    is_fine_ = !__any_sync(kAllLanes, !is_there);
+    has_next_ = is_fine_;
   }
 
   // For some columns after others: the gradient's tile, then those of the rows in the order of k;
@@ -197,13 +203,24 @@ __device__ bool CollectByWarp(const GroupBackwardParams<T>& p, uint64_t epoch, i
   return true;
 }
 
-// Uses what another warp puts into the ring. Rows are zeroed in between, so that memory has work
-// while pulls wait for the link.
+// One thread: adds items that end the call. True when they are the last: it has told the peers, and
+// must still Finish.
 template <typename T>
-__device__ void UsePulls(const GroupBackwardParams<T>& p,
+__device__ bool CompleteLast(const GroupBackwardParams<T>& p, uint64_t epoch, int64_t count) {
+  if (!Complete(&p.group.launch->done, count, p.num_last_items())) return false;
+  TellConsumed(p.group, epoch);
+  return true;
+}
+
+// Uses what another warp puts into the ring. Rows are zeroed in between, so that memory has work
+// while pulls wait for the link. num_sent: what the thread has told peers. True for the thread that
+// must still Finish.
+template <typename T>
+__device__ bool UsePulls(const GroupBackwardParams<T>& p,
                          BackwardReader& ring,
                          uint64_t epoch,
-                         const uint4* zeros) {
+                         const uint4* zeros,
+                         int64_t num_sent) {
   TileGradient<T> gradient;
   int64_t row, row_bytes = p.hidden * sizeof(T);
   int64_t worker = int64_t{RingOfWarp()} * gridDim.x + blockIdx.x;
@@ -231,11 +248,13 @@ __device__ void UsePulls(const GroupBackwardParams<T>& p,
   }
   __syncwarp();
   if (threadIdx.x % kWarpSize == 0) CompletePulls(p, epoch, count);
+  bool is_last = CompleteLast(p, epoch, num_sent);
   while (zero.Next(&row)) {
     BulkZeroRow(dy + row * row_bytes, row_bytes, zeros, kTileBytes);
   }
   ptx::BulkCommitGroup();
   ptx::BulkWaitAll();
+  return is_last;
 }
 
 // As GroupCombineBackwardKernel, for at most kMaxBulkTopK experts a token. Launch: any number of
@@ -247,16 +266,20 @@ __global__ void __launch_bounds__(kRingThreads, 1)
   extern __shared__ __align__(128) char tiles[];
   __shared__ BackwardRings rings;
   __shared__ uint4 zeros[kTileBytes / kVecBytes];
-  __shared__ uint64_t epoch;
-  rings.Init();
-  for (int i = threadIdx.x; i < kTileBytes / kVecBytes; i += blockDim.x) {
-    zeros[i] = make_uint4(0, 0, 0, 0);
+  __shared__ BlockCall call;
+  FewWeightsSender weights(p.group, p.plan, p.weights, p.has_few_weights && SendsWeights());
+  if (FillsRing()) {
+    for (int i = threadIdx.x - kRingThreads / 2; i < kTileBytes / kVecBytes;
+         i += kRingThreads / 2) {
+      zeros[i] = make_uint4(0, 0, 0, 0);
+    }
   }
-  ptx::FenceProxyAsyncShared();
-  if (threadIdx.x == 0) epoch = Begin(p.group, true);
-  __syncthreads();
+  rings.Init();
+  Begun begun = Begin(p.group, p.num_staged() > 0, call);
+  uint64_t epoch = begun.epoch;
   if (epoch != kAborted) {
-    StageGradients(p, epoch);
+    int64_t num_sent = begun.num_told + weights.Send(epoch) + StageGradients(p, epoch);
+    bool is_last;
     if (FillsRing()) {
       WarpClaims claims(p.group);
       BackwardWriter ring(tiles, rings);
@@ -266,16 +289,12 @@ __global__ void __launch_bounds__(kRingThreads, 1)
         if (!CollectByWarp(p, epoch, position - p.num_pulls())) break;
       }
       __syncwarp();
-      bool is_last = threadIdx.x % kWarpSize == 0 &&
-                     Complete(&p.group.launch->done, chunks, p.num_table_chunks());
-      if (is_last) {
-        TellConsumed(p.group, epoch);
-        Finish(p.group, epoch, p.group.is_read_in_place());
-      }
+      is_last = CompleteLast(p, epoch, num_sent + (threadIdx.x % kWarpSize == 0 ? chunks : 0));
     } else {
       BackwardReader ring(tiles, rings);
-      UsePulls(p, ring, epoch, zeros);
+      is_last = UsePulls(p, ring, epoch, zeros, num_sent);
     }
+    if (is_last) Finish(p.group, epoch, p.group.is_read_in_place());
   }
   End(p.group, [&] {
     PoisonByBlock(p.dy, p.plan.capacity * p.hidden * sizeof(T));

@@ -111,20 +111,27 @@ class CombineFeeder {
     ++num_claimed_;
     next_ = p_.order.Find(position);
     int source = Peer(p_.group, next_.offset);
-    if (next_.offset > 0) is_fine_ = is_fine_ && ready_.Wait(p_.group, epoch_, source);
+    bool waits = next_.offset > 0 && !p_.has_few_weights;
+    if (waits) is_fine_ = is_fine_ && ready_.Wait(p_.group, epoch_, source);
     if (!is_fine_) return;
     next_piece_ = p_.pieces.At(next_.piece);
     next_token_ = Load(next_.offset, source, next_piece_.first_token);
   }
 
-  __device__ CombineToken Load(int offset, int source, int64_t token) const {
+  __device__ CombineToken Load(int offset, int source, int64_t token) {
     CombineToken loaded{-1, -1, 1.0f};
+    bool is_there = true, receives = offset > 0 && p_.has_few_weights;
     if (lane() < p_.plan.top_k) {
+      int64_t place = token * p_.plan.top_k + lane();
       loaded.slot = p_.Slots(source, token)[lane()];
-      const float* weights = p_.Weights(source, token, epoch_);
-      if (weights != nullptr) loaded.weight = weights[lane()];
-      if (offset == 0) loaded.owner = p_.owners[token * p_.plan.top_k + lane()];
+      if (receives) {
+        is_there = ReceiveWeight(p_.group, p_.plan, epoch_, source, place, &loaded.weight);
+      } else if (p_.weights != nullptr) {
+        loaded.weight = p_.Weights(source, token, epoch_)[lane()];
+      }
+      if (offset == 0) loaded.owner = p_.owners[place];
     }
+    if (receives) is_fine_ = is_fine_ && !__any_sync(kAllLanes, !is_there);
     return loaded;
   }
 

@@ -127,26 +127,23 @@ __device__ bool Sum(const GroupCombineParams<T>& p,
 }
 
 // Inputs: plan, owners, y, weights; writes all of out, partials into the peers' landing areas and
-// weights into their tables. Launch: any number of blocks of kTeams * kThreads. The steps are those
-// of protocol.cuh; a flag landed[p][piece] is raised by rank p when its partials of the piece
-// are there. The sums have a fixed order, whatever lands first. A claimed push waits for no sum, on
-// any rank: with sum u stuck, a team has claimed push u + ahead, so a cycle of ranks would need
-// ever smaller u.
+// weights into their tables, or few ones into words. Launch: any number of blocks of kTeams *
+// kThreads. The steps are those of protocol.cuh; a flag landed[p][piece] is raised by rank p when
+// its partials of the piece are there. The sums have a fixed order, whatever lands first. A claimed
+// push waits for no sum, on any rank: with sum u stuck, a team has claimed push u + ahead, so a
+// cycle of ranks would need ever smaller u.
 //
 // Example (R = 2, K = 2, H = 1 of 4 copies): rank 0's token has weights (2, 0.5) and owners (0, 1);
 // y = 1 there and 4 on rank 1, whose partial 2 lands: 0 + 2*1 + 2 = 4.
 template <typename T>
 __global__ void __launch_bounds__(kTeams* kThreads, 1)
     GroupCombineKernel(const __grid_constant__ GroupCombineParams<T> p) {
-  __shared__ uint64_t epoch;
+  __shared__ BlockCall call;
   __shared__ int64_t claims[kTeams];
-  int64_t num_chunks = p.weights ? NumWarpChunks(p.plan.num_tokens * p.plan.top_k) : 0;
-  if (threadIdx.x == 0) epoch = Begin(p.group, num_chunks > 0);
-  __syncthreads();
+  Begun begun = Begin(p.group, p.num_table_chunks > 0, call);
+  uint64_t epoch = begun.epoch;
   if (epoch != kAborted) {
-    Stage(p.group, epoch, num_chunks, [&](int64_t chunk) {
-      PushWeights(p.group, p.layout, p.plan, p.weights, epoch, chunk);
-    });
+    int64_t num_done = begun.num_told + StageWeights(p, epoch);
     const CombineTeam team;
     TeamItems<CombineTeam> items(p.group, team, &claims[team.id]);
     TeamReady<CombineTeam> ready;
@@ -158,7 +155,8 @@ __global__ void __launch_bounds__(kTeams* kThreads, 1)
       if (!is_done) break;
     }
     team.Sync();
-    if (team.thread == 0 && Complete(&p.group.launch->done, count, p.order.size())) {
+    num_done += team.thread == 0 ? count : 0;
+    if (Complete(&p.group.launch->done, num_done, p.num_items())) {
       TellConsumed(p.group, epoch);
       Finish(p.group, epoch, false);
     }
@@ -196,6 +194,11 @@ cudaError_t LaunchGroupCombine(const GroupView& group,
     bool is_bulk = limits.has_bulk_copy && plan.top_k <= kMaxBulkTopK;
     int64_t ahead = std::min(params.pieces.size(), kPiecesAhead);
     params.order = {group.num_ranks, params.pieces.size(), ahead};
+    bool has_weights = arrays.weights != nullptr;
+    params.has_few_weights = has_weights && is_bulk && AreFewWeights(group, plan);
+    if (params.has_few_weights) params.group = WithFewWeights(group);
+    bool has_table = has_weights && !params.has_few_weights;
+    params.num_table_chunks = has_table ? NumWarpChunks(plan.num_tokens * plan.top_k) : 0;
     if (is_bulk) {
       GroupCombineBulkKernel<T><<<limits.num_sms, kRingThreads, kRingBytes, stream>>>(params);
     } else {

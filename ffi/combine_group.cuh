@@ -1,41 +1,16 @@
-// What the kernels of combine and its backward share in a group: the tables of weights, where
-// partials land, how work is claimed.
+// What the kernels of combine and its backward share in a group: where partials land, how work is
+// claimed.
 
 #ifndef JAX_MOE_EP_COMBINE_GROUP_CUH_
 #define JAX_MOE_EP_COMBINE_GROUP_CUH_
 
 #include "combine_rows.cuh"
-#include "protocol.cuh"
+#include "weights_group.cuh"
 
 namespace jax_moe_ep {
 namespace {
 
 constexpr int kMaxBulkTopK = kWarpSize;  // of the bulk paths: a lane a k
-
-// Rank `source`'s weights [T, K] in rank `owner`'s memory.
-__device__ inline float* WeightTable(const GroupView& group,
-                                     const RegionLayout& layout,
-                                     const RowsPlan& plan,
-                                     int owner,
-                                     int source,
-                                     uint64_t epoch) {
-  char* tables = Half(group, owner, epoch) + layout.weights;
-  return reinterpret_cast<float*>(tables) + source * plan.num_tokens * plan.top_k;
-}
-
-// A warp writes a chunk of this rank's weights into every peer's table.
-__device__ inline void PushWeights(const GroupView& group,
-                                   const RegionLayout& layout,
-                                   const RowsPlan& plan,
-                                   const float* weights,
-                                   uint64_t epoch,
-                                   int64_t chunk) {
-  WarpChunk<float> numbers(chunk, plan.num_tokens * plan.top_k);
-  numbers.Load(weights);
-  for (int offset = 1; offset < group.num_ranks; ++offset) {
-    numbers.Store(WeightTable(group, layout, plan, Peer(group, offset), group.rank, epoch));
-  }
-}
 
 // combine of one rank. Its work is cut into pieces: some columns of neighbouring tokens, each with
 // a flag of its own. All ranks cut alike.
@@ -44,13 +19,21 @@ struct GroupCombineParams {
   GroupView group;
   RegionLayout layout;
   RowsPlan plan;
-  const int32_t* owners;  // [T, K]
-  const T* y;             // [C, H]
-  const float* weights;   // [T, K] or null
-  T* out;                 // [T, H]
-  int64_t hidden;         // H
+  const int32_t* owners;     // [T, K]
+  const T* y;                // [C, H]
+  const float* weights;      // [T, K] or null
+  T* out;                    // [T, H]
+  int64_t hidden;            // H
+  bool has_few_weights;      // of peers, in words
+  int64_t num_table_chunks;  // of weights to stage, else
   CombinePieces pieces;
   CombineOrder order;
+
+  // Pushes and sums, and what the peers are told.
+  __device__ int64_t num_items() const {
+    int64_t num_sent = has_few_weights ? NumWarpChunks(plan.num_tokens * plan.top_k) : 0;
+    return order.size() + 1 + num_sent;
+  }
 
   // Where rank `sender`'s partials [T, H] of rank `receiver`'s tokens land.
   __device__ T* Landing(int receiver, int sender, uint64_t epoch) const {
@@ -76,6 +59,15 @@ struct GroupCombineParams {
     return &group.controls[at]->landed[epoch & 1][sender][piece];
   }
 };
+
+// Weights that do not cross in words. 1 for the lane that has told the peers.
+template <typename T>
+__device__ int StageWeights(const GroupCombineParams<T>& p, uint64_t epoch) {
+  if (p.num_table_chunks == 0) return 0;
+  return Stage(p.group, epoch, p.num_table_chunks, [&](int64_t chunk) {
+    PushWeights(p.group, p.layout, p.plan, p.weights, epoch, chunk);
+  });
+}
 
 // A team's claims. The next one is asked for before the work on this one.
 template <typename Team>

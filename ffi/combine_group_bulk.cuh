@@ -109,32 +109,32 @@ __global__ void __launch_bounds__(kRingThreads, 1)
 #if __CUDA_ARCH__ >= 900  // older ones are never launched with it
   extern __shared__ __align__(128) char tiles[];
   __shared__ CombineRings rings;
-  __shared__ uint64_t epoch;
+  __shared__ BlockCall call;
+  FewWeightsSender weights(p.group, p.plan, p.weights, p.has_few_weights && SendsWeights());
   rings.Init();
-  ptx::FenceProxyAsyncShared();
-  int64_t num_chunks = p.weights ? NumWarpChunks(p.plan.num_tokens * p.plan.top_k) : 0;
-  if (threadIdx.x == 0) epoch = Begin(p.group, num_chunks > 0);
-  __syncthreads();
+  Begun begun = Begin(p.group, p.num_table_chunks > 0, call);
+  uint64_t epoch = begun.epoch;
+  bool is_last = false;
   if (epoch != kAborted) {
-    Stage(p.group, epoch, num_chunks, [&](int64_t chunk) {
-      PushWeights(p.group, p.layout, p.plan, p.weights, epoch, chunk);
-    });
+    int64_t count = begun.num_told + weights.Send(epoch) + StageWeights(p, epoch);
     if (FillsRing()) {
       WarpClaims claims(p.group);
       CombineWriter ring(tiles, rings);
       CombineFeeder<T>(p, ring, claims, epoch).Feed();
     } else {
       CombineReader ring(tiles, rings);
-      int64_t count = AddUp<T>(ring, epoch);
-      bool is_last =
-          threadIdx.x % kWarpSize == 0 && Complete(&p.group.launch->done, count, p.order.size());
-      if (is_last) {
-        TellConsumed(p.group, epoch);
-        Finish(p.group, epoch, false);
-      }
+      int64_t num_items = AddUp<T>(ring, epoch);
+      if (threadIdx.x % kWarpSize == 0) count += num_items;
     }
+    is_last = Complete(&p.group.launch->done, count, p.num_items());
   }
-  End(p.group, [&] { PoisonByBlock(p.out, p.plan.num_tokens * p.hidden * sizeof(T)); });
+  auto finish = [&] {
+    if (!is_last) return;
+    TellConsumed(p.group, epoch);
+    Finish(p.group, epoch, false);
+  };
+  auto poison = [&] { PoisonByBlock(p.out, p.plan.num_tokens * p.hidden * sizeof(T)); };
+  End(p.group, finish, poison);
 #endif
 }
 

@@ -42,25 +42,26 @@ __device__ void MoveTile(const DispatchParams& p,
 template <bool kInGroup>
 __global__ void __launch_bounds__(kInGroup ? kGroupVectorThreads : kVectorThreads)
     DispatchVectorKernel(const __grid_constant__ DispatchParams p) {
-  __shared__ uint64_t epoch;
+  __shared__ BlockCall call;
+  Begun begun{};
   int64_t num_workers = int64_t{gridDim.x} * (blockDim.x / kWarpSize);
   int64_t worker = (int64_t{blockIdx.x} * blockDim.x + threadIdx.x) / kWarpSize;
   WarpItems<kInGroup> items(p, worker, num_workers);
   if constexpr (kInGroup) {
-    if (threadIdx.x == 0) epoch = Begin(p.group, p.num_chunks > 0);
-    __syncthreads();
+    begun = Begin(p.group, p.num_chunks > 0, call);
   }
-  if (!kInGroup || epoch != kAborted) {
+  uint64_t epoch = begun.epoch;
+  if (epoch != kAborted) {
     if constexpr (kInGroup) {
       items.epoch = epoch;
-      StageX(p, epoch);
+      if (p.num_chunks > 0) begun.num_told = StageX(p, epoch);
     }
     int64_t count = 0, num_items = NumItems<kInGroup>(p);
     for (int64_t item; (item = items.Next()) < num_items; ++count) {
       MoveTile(p, items, Tile<kInGroup>(p, item));
     }
     bool is_last = false;
-    if constexpr (kInGroup) is_last = CompleteItems(p, epoch, count);
+    if constexpr (kInGroup) is_last = CompleteItems(p, epoch, count + begun.num_told);
     __syncwarp();
     ZeroRowsByWarp(p.plan, p.rows, p.row_bytes, worker, num_workers);
     if (is_last) Finish(p.group, epoch, p.group.is_read_in_place());

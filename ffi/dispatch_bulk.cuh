@@ -97,8 +97,14 @@ __device__ int64_t MoveItems(const DispatchParams& p,
 }
 
 // Copies x to where peers read it, a tile at a time, as all warps claim them; then they are told.
-// The ring as it is then.
-__device__ __noinline__ Ring StageByBulk(const DispatchParams& p, uint64_t epoch, Ring ring) {
+// The ring as it is then, and whether the lane has told them.
+struct StagedByBulk {
+  Ring ring;
+  int num_told;
+};
+__device__ __noinline__ StagedByBulk StageByBulk(const DispatchParams& p,
+                                                 uint64_t epoch,
+                                                 Ring ring) {
   char* to = Half(p.group, p.group.rank, epoch) + p.staging_offset;
   int64_t bytes = p.plan.num_tokens * p.row_bytes;
   auto size = [&](int64_t tile) {
@@ -114,9 +120,9 @@ __device__ __noinline__ Ring StageByBulk(const DispatchParams& p, uint64_t epoch
         ptx::BulkStore(to + tile * p.tile_bytes, ring.Data(p, stage), size(tile));
       });
   ptx::BulkWaitAll();
-  CompleteStaging(p.group, epoch, count, p.num_chunks);
+  int num_told = CompleteStaging(p.group, epoch, count, p.num_chunks);
   ring.loaded = 0;
-  return ring;
+  return {ring, num_told};
 }
 
 // Inputs: plan, x of all ranks; writes rows. Launch: any number of blocks of kMoveWarps warps, with
@@ -132,34 +138,46 @@ __global__ void __launch_bounds__(kMoveWarps* kWarpSize, 1)
 #if __CUDA_ARCH__ >= 900                          // older ones are never launched with it
   extern __shared__ __align__(128) char tiles[];  // zeros, then the rings
   __shared__ uint64_t barriers[kMoveWarps][kStages];
-  __shared__ uint64_t epoch;
+  __shared__ BlockCall call;
+  Begun begun{};
   int warp = threadIdx.x / kWarpSize;
   char* stages = tiles + (int64_t{1} + int64_t{warp} * kStages) * p.tile_bytes;
   Ring ring{stages, barriers[warp]};
 
-  if (threadIdx.x % kWarpSize == 0) {
-    for (int stage = 0; stage < kStages; ++stage) ptx::MbarrierInit(&barriers[warp][stage], 1);
-  }
+  // By the warps that do not begin the call meanwhile.
+  if (warp > 0) {
+    int thread = threadIdx.x - kWarpSize;
+    if (thread < kMoveWarps * kStages) ptx::MbarrierInit(&barriers[0][thread], 1);
 #pragma unroll 1
-  for (int i = threadIdx.x; i < p.tile_bytes / kVecBytes; i += blockDim.x) {
-    reinterpret_cast<uint4*>(tiles)[i] = make_uint4(0, 0, 0, 0);
+    for (int i = thread; i < p.tile_bytes / kVecBytes; i += blockDim.x - kWarpSize) {
+      reinterpret_cast<uint4*>(tiles)[i] = make_uint4(0, 0, 0, 0);
+    }
+    ptx::FenceProxyAsyncShared();
   }
   // Neighbouring items go to different SMs.
   int64_t worker = int64_t{warp} * gridDim.x + blockIdx.x;
   int64_t num_workers = int64_t{gridDim.x} * kMoveWarps;
   WarpItems<kInGroup> items(p, worker, num_workers);
-  if (kInGroup && threadIdx.x == 0) epoch = Begin(p.group, p.num_chunks > 0);
-  ptx::FenceProxyAsyncShared();
-  __syncthreads();
-  if (!kInGroup || epoch != kAborted) {
+  if constexpr (kInGroup) {
+    begun = Begin(p.group, p.num_chunks > 0, call);
+  } else {
+    __syncthreads();
+  }
+  uint64_t epoch = begun.epoch;
+  if (epoch != kAborted) {
     if constexpr (kInGroup) {
       items.epoch = epoch;
-      if (p.num_chunks > 0) ring = StageByBulk(p, epoch, ring);
+      if (p.num_chunks > 0) {
+        StagedByBulk staged = StageByBulk(p, epoch, ring);
+        ring = staged.ring;
+        begun.num_told = staged.num_told;
+      }
     }
     ZeroRows zero(p.plan, worker, num_workers);
     int64_t count = MoveItems(p, items, ring, zero, tiles);
     bool is_last = false;
-    if constexpr (kInGroup) is_last = CompleteItems(p, epoch, count);  // all loads have landed
+    // All loads have landed.
+    if constexpr (kInGroup) is_last = CompleteItems(p, epoch, count + begun.num_told);
     for (int64_t row; zero.Next(&row);) {
       BulkZeroRow(p.rows + row * p.row_bytes, p.row_bytes, tiles, p.tile_bytes);
     }

@@ -108,20 +108,21 @@ struct WarpItems<true> {
   }
 };
 
-__device__ void StageX(const DispatchParams& p, uint64_t epoch) {
+__device__ int StageX(const DispatchParams& p, uint64_t epoch) {
   uint4* to = reinterpret_cast<uint4*>(Half(p.group, p.group.rank, epoch) + p.staging_offset);
   int64_t vectors = p.plan.num_tokens * (p.row_bytes / kVecBytes);
-  Stage(p.group, epoch, p.num_chunks, [&](int64_t chunk) {
+  return Stage(p.group, epoch, p.num_chunks, [&](int64_t chunk) {
     CopyChunk(reinterpret_cast<const uint4*>(p.x), to, chunk, vectors);
   });
 }
 
 // Edge 4. When the warp has read the tokens of its items; their rows may still be written, for this
-// rank alone. True for one lane of the launch, which has told the peers and must still Finish.
+// rank alone. count: items, and whether the lane has told the peers. True for one lane of the
+// launch, which has told the peers and must still Finish.
 __device__ bool CompleteItems(const DispatchParams& p, uint64_t epoch, int64_t count) {
   __syncwarp();
   if (threadIdx.x % kWarpSize != 0) return false;
-  if (!Complete(&p.group.launch->done, count, NumItems<true>(p))) return false;
+  if (!Complete(&p.group.launch->done, count, NumItems<true>(p) + 1)) return false;
   TellConsumed(p.group, epoch);
   return true;
 }

@@ -86,17 +86,16 @@ __device__ bool Copy(const GatherParams<Unit>& p, uint64_t epoch, int64_t item) 
 
 template <typename Unit>
 __device__ void GatherByClaims(const GatherParams<Unit>& p, uint64_t epoch) {
-  Stage(p.group, epoch, p.num_chunks(), [&](int64_t chunk) {
+  int64_t count = Stage(p.group, epoch, p.num_chunks(), [&](int64_t chunk) {
     Push(p, epoch, Chunk<Unit>::Loaded(p, chunk), OwnOut(p, chunk));
   });
-  int64_t count = 0;
   for (int64_t item; (item = ClaimByWarp(p.group, &p.group.launch->claims)) < p.num_items();) {
     if (!Copy(p, epoch, item)) break;
     ++count;
   }
   __syncwarp();
   if (threadIdx.x % kWarpSize != 0) return;
-  if (Complete(&p.group.launch->done, count, p.num_items())) {
+  if (Complete(&p.group.launch->done, count, p.num_items() + 1)) {
     TellConsumed(p.group, epoch);
     Finish(p.group, epoch, false);
   }
@@ -113,7 +112,7 @@ __device__ bool GatherByBlock(const GatherParams<Unit>& p, uint64_t epoch, Chunk
     piece = Chunk<Unit>::Loaded(p, chunk);
   }
   __syncthreads();
-  if (threadIdx.x == 0) Publish(p.group, epoch);
+  if (warp == 0) Publish(p.group, epoch);
   bool is_done = true;
   for (int64_t item = warp; is_done && item < p.num_items(); item += kWarps) {
     is_done = Copy(p, epoch, item);
@@ -131,11 +130,10 @@ __device__ bool GatherByBlock(const GatherParams<Unit>& p, uint64_t epoch, Chunk
 template <typename Unit, bool kIsAlone>
 __global__ void __launch_bounds__(kThreads)
     GroupGatherKernel(const __grid_constant__ GatherParams<Unit> p) {
-  __shared__ uint64_t epoch;
+  __shared__ BlockCall call;
   // What a warp of a block alone pushes first, loaded before the call begins.
   Chunk<Unit> first = Chunk<Unit>::Loaded(p, threadIdx.x / kWarpSize);
-  if (threadIdx.x == 0) epoch = Begin(p.group, true);
-  __syncthreads();
+  uint64_t epoch = Begin(p.group, true, call).epoch;
   if (epoch != kAborted) {
     if constexpr (kIsAlone) {
       if (GatherByBlock(p, epoch, first)) {

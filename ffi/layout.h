@@ -11,12 +11,13 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <initializer_list>
 
 namespace jax_moe_ep {
 
 inline constexpr int kMaxRanks = 16;                  // GPUs of one host
 inline constexpr int kMaxPieces = 16 * 1024;          // of one rank's partials, each with a flag
-inline constexpr int kMaxFewIds = 8 * 1024;           // of all ranks, that cross a word each
+inline constexpr int kMaxFewWords = 16 * 1024;        // of all ranks: tagged_words.cuh
 inline constexpr int64_t kPartAlignment = 256;        // of the parts of a region
 inline constexpr int64_t kAllocationBytes = 2 << 20;  // cudaIpc maps whole multiples of this
 inline constexpr int64_t kRegionHeaderBytes = 256;    // its proof
@@ -33,11 +34,21 @@ struct CallSignature {
   uint64_t options;  // a hash of what else must be equal
 };
 
-// What a rank tells each peer when its data can be read.
-struct CallRecord {
-  CallSignature signature;
-  const char* address;  // of x where this peer can read it, or null: it is staged
-};
+inline constexpr int kSignatureWords = sizeof(CallSignature) / 2;  // 16 bits in one
+
+// All bits of it, mixed.
+inline uint64_t Hash(const CallSignature& signature) {
+  uint64_t hash = 0;
+  for (uint64_t word : {static_cast<uint64_t>(signature.op),
+                        static_cast<uint64_t>(signature.top_k),
+                        static_cast<uint64_t>(signature.num_tokens),
+                        static_cast<uint64_t>(signature.row_bytes),
+                        signature.options}) {
+    hash = (hash ^ word) * 0x9e3779b97f4a7c15u;
+    hash ^= hash >> 32;
+  }
+  return hash;
+}
 
 // Effects that tests ask for, on one rank.
 struct Fault {
@@ -59,19 +70,21 @@ struct Control {
   // Any rank's.
   uint32_t abort;  // 1 + the rank that gave up first; sticky
 
-  CallRecord records[2][kMaxRanks];  // by parity
-  uint64_t ready[kMaxRanks];  // p's data and record of this epoch can be read; own: peers were told
+  // Tagged words, by parity: p's data can be read, and where; in which call p is.
+  uint64_t places[2][kMaxRanks][2];
+  uint64_t signatures[2][kMaxRanks][kSignatureWords];
   uint64_t consumed[kMaxRanks];               // p reads nothing of this epoch and before any more
   uint64_t returned[kMaxRanks];               // p's weight gradients of this epoch are here
   uint64_t landed[2][kMaxRanks][kMaxPieces];  // by parity: p's partials of a piece are here
-  uint64_t few_ids[2][kMaxFewIds];            // by parity: of all ranks, each with its call's tag
+  uint64_t few_words[2][kMaxFewWords];        // by parity: tagged words of all ranks
 };
 
 // Counters of the launches of one call site on one device: never two at a time. Zero in between.
 struct LaunchState {
   uint32_t arrivals;  // blocks that have begun, where there are several
   uint32_t exits;     // blocks that have ended, likewise
-  uint64_t epoch;     // of the call, once the first block has it; or one of the two below
+  uint64_t epoch;     // of the call, once the first block has it, or kAborted
+  uint64_t sending;   // chunks of few weights claimed
   uint64_t staging;   // chunks to stage claimed
   uint64_t staged;    // and done
   uint64_t claims;    // items claimed
@@ -113,6 +126,7 @@ struct GroupView {
   uint64_t timeout_ns;
   int64_t half_bytes;  // of a region
   CallSignature signature;
+  uint64_t hash;  // of the signature
   LaunchState* launch;
   Failure* failure;
   Control* controls[kMaxRanks];

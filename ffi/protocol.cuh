@@ -1,8 +1,8 @@
 // The steps of one call of a group, on one rank.
 //
-//   Begin      the first block waits its turn, takes the next epoch e, waits until every peer has
-//              consumed e - 2, and tells the peers where this rank's data is, unless it must be
-//              staged first
+//   Begin      the first block waits its turn and takes the next epoch e; every block waits until
+//              every peer has consumed e - 2; the first one tells the peers where this rank's data
+//              is, unless it must be staged first
 //   Stage      blocks copy chunks to where peers read them; who copies the last one tells the peers
 //   items      blocks claim them from a counter; one that needs a peer's data waits for it
 //   Finish     whoever does the last item tells the peers that this rank reads nothing of e any
@@ -17,25 +17,12 @@
 #ifndef JAX_MOE_EP_PROTOCOL_CUH_
 #define JAX_MOE_EP_PROTOCOL_CUH_
 
-#include "order.h"
-#include "ptx.cuh"
-#include "rows.cuh"
-#include "signal.cuh"
+#include "ready.cuh"
 #include "warp_chunk.cuh"
 
 namespace jax_moe_ep {
 
 inline constexpr int64_t kNoItem = INT64_MAX;
-
-__device__ inline Control* OwnControl(const GroupView& group) { return group.controls[group.rank]; }
-
-__device__ inline int Peer(const GroupView& group, int offset) {
-  return PeerOf(group.rank, group.num_ranks, offset);
-}
-
-__device__ inline char* Half(const GroupView& group, int rank, uint64_t epoch) {
-  return group.regions[rank] + (epoch & 1) * group.half_bytes;
-}
 
 // Raises a flag in each peer's memory, `flag` of its Control: one fence for all of them.
 template <typename Flag>
@@ -45,19 +32,6 @@ __device__ void TellPeers(const GroupView& group, uint64_t epoch, Flag flag) {
   for (int offset = 1; offset < group.num_ranks; ++offset) {
     StoreRelaxedSystem(flag(group.controls[Peer(group, offset)]), epoch);
   }
-}
-
-// Edge 1. The caller has seen all that the peers will read.
-static __device__ __noinline__ void Publish(const GroupView& group, uint64_t epoch) {
-#pragma unroll 1
-  for (int offset = 1; offset < group.num_ranks; ++offset) {
-    int peer = Peer(group, offset);
-    CallRecord* record = &group.controls[peer]->records[epoch & 1][group.rank];
-    record->signature = group.signature;
-    record->address = group.published[peer];
-  }
-  TellPeers(group, epoch, [&](Control* peer) { return &peer->ready[group.rank]; });
-  StoreReleaseDevice(&OwnControl(group)->ready[group.rank], epoch);  // for Finish
 }
 
 // A rank gave up: this rank's host will know, also where no wait of this one met it.
@@ -109,36 +83,65 @@ __device__ inline uint64_t BeginFirst(const GroupView& group) {
     if (NoteAbort(group)) return kAborted;
   }
   if (!has_turn && !WaitForTurn(group, &turn)) return kAborted;
-  uint64_t epoch = turn / 2 + 1;
-  // Edge 5: what this call writes to the halves of its parity was last read two calls ago.
-#pragma unroll 1
-  for (int offset = 1; epoch > 2 && offset < group.num_ranks; ++offset) {
-    int peer = Peer(group, offset);
-    if (!WaitForFlag(group, &own->consumed[peer], epoch - 2, Phase::kConsumed, peer)) {
-      return kAborted;
-    }
-  }
-  return epoch;
+  return turn / 2 + 1;
 }
 
-// One thread of each block, which passes the epoch on. kAborted: there is nothing to do but End.
-__device__ inline uint64_t Begin(const GroupView& group, bool must_stage) {
-  LaunchState* launch = group.launch;
+// The calling block's part of a call that has begun, in shared memory.
+struct BlockCall {
   uint64_t epoch;
+  bool is_first;
+};
+
+// One thread of each block: who is first passes the epoch on.
+__device__ inline BlockCall BeginByThread(const GroupView& group) {
+  LaunchState* launch = group.launch;
   bool is_alone = gridDim.x == 1;
   if (is_alone || AddRelaxedDevice(&launch->arrivals, 1) == 0) {
-    epoch = BeginFirst(group);
+    uint64_t epoch = BeginFirst(group);
     if (is_alone) {
       launch->epoch = epoch;
     } else {
       StoreReleaseDevice(&launch->epoch, epoch);
     }
-    if (epoch != kAborted && !must_stage) Publish(group, epoch);
-    return epoch;
+    return {epoch, true};
   }
   // The first block gives up in time.
+  uint64_t epoch;
   while ((epoch = LoadAcquireDevice(&launch->epoch)) == 0) __nanosleep(32);
-  return epoch;
+  return {epoch, false};
+}
+
+// What a thread knows of it. kAborted: there is nothing to do but End.
+struct Begun {
+  uint64_t epoch;
+  int num_told;  // 1 in the first lane of the warp that has told the peers
+};
+
+// All threads of a block of at least three warps; ends with a barrier. must_stage: the peers are
+// told later.
+__device__ inline Begun Begin(const GroupView& group, bool must_stage, BlockCall& call) {
+  int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+  // All at once: a warp takes the turn, one looks what peers have consumed, one has the fence of
+  // edge 1 behind it.
+  bool watches = warp == 1 && lane < group.num_ranks && lane != group.rank;
+  const uint64_t* flag = &OwnControl(group)->consumed[watches ? lane : group.rank];
+  uint64_t consumed = 0;
+  if (threadIdx.x == 0) call = BeginByThread(group);
+  if (watches) consumed = LoadAcquireSystem(flag);
+  bool tells = warp == 2 && !must_stage;
+  if (tells) FenceSystem();
+  __syncthreads();
+  uint64_t epoch = call.epoch;
+  bool is_fine = epoch != kAborted;
+  // Edge 5: what this call writes to the halves of its parity was last read two calls ago.
+  if (watches && is_fine && consumed + 2 < epoch) {
+    is_fine = WaitForFlag(group, flag, epoch - 2, Phase::kConsumed, lane);
+  }
+  if (!__syncthreads_and(is_fine)) return {kAborted, 0};
+  if (!tells || !call.is_first) return {epoch, 0};
+  SendPlaces(group, epoch);
+  SendSignature(group, epoch);
+  return {epoch, lane == 0};
 }
 
 // The next number of a counter, or kNoItem once a rank gave up.
@@ -198,83 +201,39 @@ __device__ inline void CopyChunk(const uint4* from, uint4* to, int64_t chunk, in
 }
 
 // A warp has staged `count` chunks, and its lane 0 sees that all are written; who stages the last
-// tells the peers.
-__device__ inline void CompleteStaging(const GroupView& group,
-                                       uint64_t epoch,
-                                       int64_t count,
-                                       int64_t num_chunks) {
+// tells the peers, and returns 1 in lane 0.
+__device__ inline int CompleteStaging(const GroupView& group,
+                                      uint64_t epoch,
+                                      int64_t count,
+                                      int64_t num_chunks) {
   __syncwarp();
-  if (threadIdx.x % kWarpSize != 0 || count == 0) return;
-  // Edge 2, on the writer's side: staged or read by bulk copies, or by neither.
-  ptx::FenceProxyAsync();
-  int64_t before = static_cast<int64_t>(AddAcqRelDevice(&group.launch->staged, count));
-  if (before + count == num_chunks) Publish(group, epoch);
+  bool is_first_lane = threadIdx.x % kWarpSize == 0, is_last = false;
+  if (is_first_lane && count > 0) {
+    // Edge 2, on the writer's side: staged or read by bulk copies, or by neither.
+    ptx::FenceProxyAsync();
+    int64_t before = static_cast<int64_t>(AddAcqRelDevice(&group.launch->staged, count));
+    is_last = before + count == num_chunks;
+  }
+  if (!__shfl_sync(kAllLanes, is_last, 0)) return 0;
+  __syncwarp();  // lane 0 has acquired for all
+  Publish(group, epoch);
+  return is_first_lane;
 }
 
-// Every warp: copy(chunk) for chunks that are claimed until all are; then the peers are told.
+// Every warp: copy(chunk) for chunks that are claimed until all are; then the peers are told, and
+// the lane that did gets 1.
 template <typename Copy>
-__device__ void Stage(const GroupView& group, uint64_t epoch, int64_t num_chunks, Copy copy) {
+__device__ int Stage(const GroupView& group, uint64_t epoch, int64_t num_chunks, Copy copy) {
   LaunchState* launch = group.launch;
   int64_t count = 0;
   for (int64_t chunk; (chunk = ClaimByWarp(group, &launch->staging)) < num_chunks; ++count) {
     copy(chunk);
   }
-  CompleteStaging(group, epoch, count, num_chunks);
+  return CompleteStaging(group, epoch, count, num_chunks);
 }
 
-__device__ inline bool AreEqual(const CallSignature& a, const CallSignature& b) {
-  return a.op == b.op && a.top_k == b.top_k && a.num_tokens == b.num_tokens &&
-         a.row_bytes == b.row_bytes && a.options == b.options;
-}
-
-static __device__ __noinline__ void FailByMismatch(const GroupView& group,
-                                                   uint64_t epoch,
-                                                   int peer) {
-  Failure failure{};
-  failure.kind = FailureKind::kMismatch;
-  failure.phase = Phase::kReady;
-  failure.peer = peer;
-  failure.expected = epoch;
-  failure.theirs = OwnControl(group)->records[epoch & 1][peer].signature;
-  Fail(group, failure);
-}
-
-// Edge 2. One thread: until the peer's data of this call can be read by it, or through a barrier by
-// others. False when a rank gave up, or the peer is in another call.
-__device__ inline bool WaitForReady(const GroupView& group, uint64_t epoch, int peer) {
-  if (peer == group.rank) return true;
-  Control* own = OwnControl(group);
-  if (!WaitForFlag(group, &own->ready[peer], epoch, Phase::kReady, peer)) return false;
-  ptx::FenceProxyAsync();
-  if (AreEqual(own->records[epoch & 1][peer].signature, group.signature)) return true;
-  FailByMismatch(group, epoch, peer);
-  return false;
-}
-
-// Which ranks a warp has seen ready.
-struct WarpReady {
-  uint32_t ranks = 0;  // a bit a rank
-
-  // All lanes. False when a rank gave up.
-  __device__ bool Wait(const GroupView& group, uint64_t epoch, int source) {
-    if (ranks >> source & 1) return true;
-    bool is_ready = threadIdx.x % kWarpSize != 0 || WaitForReady(group, epoch, source);
-    if (!__shfl_sync(kAllLanes, is_ready, 0)) return false;
-    __syncwarp();  // lane 0 has acquired for all
-    ranks |= 1u << source;
-    return true;
-  }
-};
-
-// Where tokens of a rank can be read once it is ready: `x` for this one.
-__device__ inline const char* TokensOf(
-    const GroupView& group, uint64_t epoch, int source, const char* x, int64_t staging_offset) {
-  if (source == group.rank) return x;
-  const char* address = OwnControl(group)->records[epoch & 1][source].address;
-  return address != nullptr ? address : Half(group, source, epoch) + staging_offset;
-}
-
-// Adds items that are done. True for the thread that completes all of them.
+// Adds items that are done. True for the thread that completes all of them. To have told the peers
+// is an item too: the next call must not overtake it.
 __device__ inline bool Complete(uint64_t* counter, int64_t count, int64_t total) {
   if (count == 0) return false;
   return static_cast<int64_t>(AddAcqRelDevice(counter, count)) + count == total;
@@ -288,24 +247,23 @@ __device__ inline void TellConsumed(const GroupView& group, uint64_t epoch) {
 // The same thread, then. `must_wait`: peers read memory of XLA's, which is reused once this kernel
 // ends.
 __device__ inline void Finish(const GroupView& group, uint64_t epoch, bool must_wait) {
-  Control* own = OwnControl(group);
-  // Another warp may still publish, where no peer's data was needed: the next call must not
-  // overtake it, or the peers' flags would fall.
-  if (!WaitForFlag(group, &own->ready[group.rank], epoch, Phase::kFinish, group.rank)) return;
 #pragma unroll 1
   for (int offset = 1; must_wait && offset < group.num_ranks; ++offset) {
     int peer = Peer(group, offset);
-    if (!WaitForFlag(group, &own->consumed[peer], epoch, Phase::kFinish, peer)) return;
+    if (!WaitForFlag(group, &OwnControl(group)->consumed[peer], epoch, Phase::kFinish, peer))
+      return;
   }
   GiveTurn(group, 2 * epoch);
 }
 
-// All threads of every block, once its work is done and visible to it.
-template <typename Poison>
-__device__ void End(const GroupView& group, Poison poison) {
+// All threads of every block, once its work is done and visible to it. last_words(): what a thread
+// still says to others, beside the one that counts blocks.
+template <typename Words, typename Poison>
+__device__ void End(const GroupView& group, Words last_words, Poison poison) {
   LaunchState* launch = group.launch;
   __shared__ bool is_last, is_poisoned;
   __syncthreads();
+  last_words();
   if (threadIdx.x == 0) {
     is_last = gridDim.x == 1 || AddAcqRelDevice(&launch->exits, 1) == gridDim.x - 1;
     uint64_t epoch = launch->epoch;  // under way beside the other load
@@ -316,6 +274,11 @@ __device__ void End(const GroupView& group, Poison poison) {
   }
   __syncthreads();
   if (is_poisoned) poison();
+}
+
+template <typename Poison>
+__device__ void End(const GroupView& group, Poison poison) {
+  End(group, [] {}, poison);
 }
 
 // All bits set: NaN in every floating type of the ops, -1 in signed integers.

@@ -24,6 +24,8 @@ constexpr int64_t kRingBytes = int64_t{kRings} * kRingTiles * kTileBytes;  // 12
 // Which of a tile's vectors is vector i of this lane.
 __device__ int TilePlace(int i) { return i * kWarpSize + threadIdx.x % kWarpSize; }
 
+// The warp that sends weights reads a ring, and does not begin the call.
+__device__ bool SendsWeights() { return threadIdx.x / kWarpSize == 1; }
 __device__ bool FillsRing() { return threadIdx.x / kWarpSize >= kRings; }
 __device__ int RingOfWarp() { return threadIdx.x / kWarpSize % kRings; }
 
@@ -39,12 +41,14 @@ struct Rings {
   Note notes[kRings][kRingTiles];       // likewise of its first place
   TileNote tile_notes[kRings][kRingTiles];
 
-  // All threads; then a fence of the proxies and __syncthreads.
+  // All threads, then __syncthreads. By warps that fill rings: another begins the call meanwhile.
   __device__ void Init() {
-    for (int i = threadIdx.x; i < kRings * kRingTiles; i += blockDim.x) {
+    if (!FillsRing()) return;
+    for (int i = threadIdx.x % (kRingThreads / 2); i < kRings * kRingTiles; i += kRingThreads / 2) {
       ptx::MbarrierInit(&landed[0][i], 1);
       ptx::MbarrierInit(&read[0][i], 1);
     }
+    ptx::FenceProxyAsyncShared();
   }
 };
 

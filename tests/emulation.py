@@ -43,12 +43,14 @@ def as_call(launch):
 
 
 # The bulk path too, which nvcc compiles for new devices alone, with an array for its tiles. Fewer
-# flags and pieces, so that a few tokens have pieces of several tokens and of several tiles.
+# flags and pieces, so that a few tokens have pieces of several tokens and of several tiles; fewer
+# few weights, so that some tokens have many.
 ON_HOST = {
     "#if __CUDA_ARCH__ >= 900": "#if 1",
     "extern __shared__ __align__(128) char tiles[]": "static char tiles[1 << 18]",
     "kMaxPieces = 16 * 1024": "kMaxPieces = 16",
     "kEnough = 8192": "kEnough = 8",
+    "kMaxFewWeights = kMaxFewWords / 2": "kMaxFewWeights = 100",
 }
 
 
@@ -93,6 +95,7 @@ class Way:
     late_s: float = 0.05
     num_sms: int = 1  # beyond one the blocks claim; a single one of them runs here, and does all
     odd: int | None = None  # the rank whose calls have other options than the others'
+    vector: int | None = None  # the rank that has no bulk copies
     timeout_s: float = 20
     faults: tuple[tuple[int, tuple[int, int, int, int]], ...] = ()  # rank, and what set_fault takes
 
@@ -158,6 +161,7 @@ def run_to_the_end(library, folder, job, way, **arrays):
         "late_s": way.late_s,
         "odd": way.odd,
         "odd_options": 8,
+        "vector": way.vector,
         "faults": way.faults,
         "reading": way.reading,
     }

@@ -269,7 +269,7 @@ def on_ranks(
     mesh: Mesh | AbstractMesh,
     axes: Sequence[str | tuple[str, ...]] = (AXIS,),
     check_vma: bool = True,
-    xla: dict[str, bool | int | str] | None = None,
+    xla: tuple[tuple[str, bool | int | str], ...] = (),
 ) -> Callable[..., Any]:
     """op on every rank's shard, jitted with XLA's options; arrays have one leading axis for each
     entry of `axes`."""
@@ -281,7 +281,7 @@ def on_ranks(
 
     spec = P(*axes)
     mapped = jax.shard_map(shard, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=check_vma)
-    return jax.jit(mapped, compiler_options=xla)
+    return jax.jit(mapped, compiler_options=dict(xla) or None)
 
 
 @functools.cache

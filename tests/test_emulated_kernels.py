@@ -1,5 +1,7 @@
 """The kernels of a group themselves, for 2 to 8 ranks, on the host, against the loops."""
 
+import ctypes
+
 import ml_dtypes
 import numpy as np
 import oracle
@@ -21,6 +23,8 @@ CASES = {
     "several_tiles": Case(T=5, K=3, E=8, R=2, A=4, H=1300),
     "whole_tiles": Case(T=3, K=3, E=8, R=2, A=4, H=1024),
     "several_chunks": Case(T=20, K=2, E=8, R=2, A=4, H=256),  # of 16 KB, to stage
+    "many_weights": Case(T=30, K=3, E=8, R=2, A=4, H=16),  # two chunks: others send theirs as words
+    "many_weights_of_four": Case(T=9, K=3, E=8, R=4, A=2, H=16),
     "undefined_tail": Case(T=6, K=2, E=6, R=2, A=4, H=16, empty_groups="block", tail="undefined"),
 }
 # The vector path for some: it has no tiles.
@@ -110,6 +114,33 @@ def test_combine(library, tmp_path, name, has_bulk_copy, is_weighted):
     for call in run(library, tmp_path, case, "combine", way, ids=ids, x=y, out=out, **arrays):
         want = oracle.combine(case, call["x"], plan["slots"], plan["owners"], call.get("weights"))
         assert_bitwise_equal(call["out"], want)
+
+
+def test_a_few_weight_has_come_when_both_of_its_words_have(library):
+    """Of two calls before, and of a call with another hash, the tags differ."""
+    words = ctypes.c_uint64 * 2
+    read = ctypes.CDLL(library).read_weight
+    got = ctypes.c_float()
+
+    def word(bits, tag):
+        return (tag << 16 | bits) & 2**64 - 1
+
+    def has_come(low, high, tag, epoch):
+        return bool(
+            read(words(low, high), ctypes.c_uint64(tag), ctypes.c_uint64(epoch), ctypes.byref(got))
+        )
+
+    hash_, epoch = 2**63 + 12345, 9
+    bits = int(np.float32(-3.7).view(np.uint32))
+    halves = bits & 0xFFFF, bits >> 16
+    now = [word(half, hash_ + epoch) for half in halves]
+    assert has_come(*now, hash_, epoch)
+    assert got.value == np.float32(-3.7)
+    for other in (hash_ + epoch - 2, hash_ + epoch + 2**40, 0):
+        old = [word(half, other) for half in halves]
+        assert not has_come(now[0], old[1], hash_, epoch)
+        assert not has_come(old[0], now[1], hash_, epoch)
+        assert not has_come(*old, hash_, epoch)
 
 
 BACKWARD = [(*path, "staged") for path in PATHS if path[0] != "one_expert_a_rank"]
@@ -257,6 +288,24 @@ def test_a_rank_in_another_call_is_named_by_all(library, tmp_path, op, num_ranks
             continue
         assert kind == OF_PEER
         assert failures[peer, 0] == MISMATCH
+    assert_poisoned(after)
+
+
+@pytest.mark.parametrize("op", ["combine", "combine_backward"])
+def test_ranks_that_send_weights_otherwise_are_in_different_calls(library, tmp_path, op):
+    """One without bulk copies sends few weights in a table, where the others look for words."""
+    case = CASES["two_ranks"]
+    ids = make_ids("uniform", case)
+    y, weights = make_experts(case, oracle.plan(case, ids), np.float32)
+    tokens = make_floats(case.R, case.T, case.H)
+    arrays = {"x": y, "weights": weights, "out": ruined(*tokens.shape)}
+    if op == "combine_backward":
+        arrays |= {"dout": tokens, "out": ruined(*y.shape), "dweights": ruined(*weights.shape)}
+    way = Way(vector=1)
+    job, arrays = job_of_rows(case, op, way, ids=ids, **arrays)
+    after, failures = run_to_the_end(library, tmp_path, job, way, **arrays)
+    assert MISMATCH in failures[:, 0]
+    assert set(failures[:, 0]) <= {MISMATCH, OF_PEER}
     assert_poisoned(after)
 
 

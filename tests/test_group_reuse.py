@@ -87,11 +87,14 @@ def test_tokens_that_are_written_late_are_waited_for():
 
 
 @pytest.mark.parametrize("maker", ["uniform", "one_rank"])
+@pytest.mark.parametrize("num_tokens", [BASE.T, 1100], ids=["few", "many"])
 @each_late
-def test_changing_weights_and_gradients(late, maker):
-    """Edges 1, 6 and 7: weights and dout of this step, partials and weight gradients of all ranks,
-    although a rank is late whose memory still holds those of the last steps."""
-    check_steps(group_steps.combine_steps, BASE, make_ids(maker, BASE), late=late)
+def test_changing_weights_and_gradients(late, num_tokens, maker):
+    """Edges 1, 2, 6 and 7: weights and dout of this step, partials and weight gradients of all
+    ranks, although a rank is late whose memory still holds those of the last steps. Many weights
+    cross in tables."""
+    case = dataclasses.replace(BASE, T=num_tokens)
+    check_steps(group_steps.combine_steps, case, make_ids(maker, case), late=late)
 
 
 @each_late
@@ -216,11 +219,11 @@ def test_a_loop_that_xla_captures(unroll):
     """A hundred layers, forward and backward, of changing routing, as one CUDA graph with a node
     that is the loop's condition or with all iterations; either rank ahead. Sums are exact."""
     config = cuda_config(BASE)
-    options = {
-        "xla_gpu_enable_command_buffer": "FUSION,CUSTOM_CALL,WHILE",
-        "xla_gpu_graph_min_graph_size": 1,
-        "xla_gpu_command_buffer_unroll_loops": unroll,
-    }
+    options = (
+        ("xla_gpu_enable_command_buffer", "FUSION,CUSTOM_CALL,WHILE"),
+        ("xla_gpu_graph_min_graph_size", 1),
+        ("xla_gpu_command_buffer_unroll_loops", unroll),
+    )
 
     def program(x, ids):
         def step(i, wrong):

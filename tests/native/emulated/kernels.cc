@@ -8,6 +8,7 @@
 #include "dispatch.h"
 #include "layout.h"
 #include "plan_group.h"
+#include "weights_group.cuh"
 
 namespace emulated {
 
@@ -112,6 +113,7 @@ int run(const Job* job) {
                     job->num_tokens,
                     job->row_bytes,
                     static_cast<uint64_t>(job->options)};
+  view.hash = Hash(view.signature);
   view.launch = job->launch;
   view.failure = job->failure;
   for (int peer = 0; peer < num_ranks; ++peer) {
@@ -213,6 +215,13 @@ int small_plan(const int32_t* numbers, int rank, int32_t* const* arrays) {
                    nullptr};
   if (!IsSmallPlan(shape)) return 1;
   return LaunchSmallPlan(shape, options, given, nullptr);
+}
+
+// Reads the weight of two words; 0 when they are not those of the call.
+int read_weight(const uint64_t* pair, uint64_t hash, uint64_t epoch, float* weight) {
+  GroupView group{};
+  group.hash = hash;
+  return ReadWeight(pair, WeightWords(group, epoch), weight);
 }
 
 }  // extern "C"

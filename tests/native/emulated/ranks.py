@@ -64,7 +64,7 @@ def main():
     given = dict(np.load(sys.argv[2]))
     static = json.loads(str(given.pop("job")))
     repeats, late, late_s = (static.pop(name) for name in ("repeats", "late", "late_s"))
-    odd, odd_options = (static.pop(name) for name in ("odd", "odd_options"))
+    odd, odd_options, vector = (static.pop(name) for name in ("odd", "odd_options", "vector"))
     faults, reading = static.pop("faults"), static.pop("reading")
     static["is_one_process"] = int(reading == "in_place")
     num_ranks = static["num_ranks"]
@@ -88,6 +88,8 @@ def main():
             options = odd_options if rank == odd else static["options"]
             in_place = reading == "in_place" or (reading == "mixed" and (turn // 2 + rank) % 2 == 0)
             own = {"rank": rank, "options": options, "half_bytes": half}
+            if rank == vector:
+                own["has_bulk_copy"] = 0
             job = Job(
                 **{**static, **own, "is_read_in_place": int(in_place)},
                 controls=controls.ctypes.data,
