@@ -50,7 +50,7 @@ ON_HOST = {
     "extern __shared__ __align__(128) char tiles[]": "static char tiles[1 << 18]",
     "kMaxPieces = 16 * 1024": "kMaxPieces = 16",
     "kEnough = 8192": "kEnough = 8",
-    "kMaxFewWeights = kMaxFewWords / 2": "kMaxFewWeights = 100",
+    "kMaxFewWeights = kMaxFewWords / 2": "kMaxFewWeights = 300",
 }
 
 

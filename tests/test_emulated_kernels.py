@@ -23,8 +23,9 @@ CASES = {
     "several_tiles": Case(T=5, K=3, E=8, R=2, A=4, H=1300),
     "whole_tiles": Case(T=3, K=3, E=8, R=2, A=4, H=1024),
     "several_chunks": Case(T=20, K=2, E=8, R=2, A=4, H=256),  # of 16 KB, to stage
-    "many_weights": Case(T=30, K=3, E=8, R=2, A=4, H=16),  # two chunks: others send theirs as words
-    "many_weights_of_four": Case(T=9, K=3, E=8, R=4, A=2, H=16),
+    "chunks_of_few_weights": Case(T=50, K=3, E=8, R=2, A=4, H=16),  # two a rank
+    "many_weights": Case(T=60, K=3, E=8, R=2, A=4, H=16),
+    "many_weights_of_four": Case(T=30, K=3, E=8, R=4, A=2, H=16),
     "undefined_tail": Case(T=6, K=2, E=6, R=2, A=4, H=16, empty_groups="block", tail="undefined"),
 }
 # The vector path for some: it has no tiles.
