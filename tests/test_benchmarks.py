@@ -59,49 +59,42 @@ def test_one_call_of_the_programs_is_reported():
     assert bench.us(programs) == {7: 15, 2: 45}
 
 
-class NotedBench(group.Bench):
-    """Loops of 4 and 20 iterations, of which 16 take 160, 320 and 960 us; the options they are
-    compiled with, what they compute, and so many calls of handlers for each iteration."""
+def noted_bench(monkeypatch, calls_an_iteration):
+    """Whose loops have 4 and 20 iterations, of which 16 take 160, 320 and 960 us, and so many calls
+    of handlers an iteration; the options they are compiled with, and what they compute."""
+    options, computed, host_calls = [], [], [0]
+    on_ranks = group.Bench.on_ranks
 
-    options, computed, host_calls, calls_an_iteration = [], [], 0, 0.0
+    def note_options(bench, op, xla=None):
+        options.append(xla)
+        return on_ranks(bench, op, xla)
 
-    def on_ranks(self, op, xla=None):
-        self.options.append(xla)
-        return super().on_ranks(op, xla)
-
-    def num_host_calls(self):
-        return self.host_calls
-
-    @classmethod
-    def noted(cls, calls_an_iteration):
-        cls.options, cls.computed, cls.calls_an_iteration = [], [], calls_an_iteration
-        bench = tiny_bench()
-        fields = {field.name: getattr(bench, field.name) for field in dataclasses.fields(bench)}
-        return cls(**fields | {"longer": cls.note})
-
-    @classmethod
-    def note(cls, *calls):
-        cls.computed += [program(given) for program, (given,) in calls]
-        cls.host_calls += int(cls.calls_an_iteration * 24 * 3 * 2)  # thrice, on two devices
+    def longer(*calls):
+        computed.extend(program(given) for program, (given,) in calls)
+        host_calls[0] += int(calls_an_iteration * 24 * 3 * 2)  # thrice, on two devices
         return [320.0, 960.0, 160.0]
+
+    monkeypatch.setattr(group.Bench, "on_ranks", note_options)
+    monkeypatch.setattr(group.Bench, "num_host_calls", lambda _: host_calls[0])
+    return dataclasses.replace(tiny_bench(), longer=longer), options, computed
 
 
 @pytest.mark.parametrize("form", group.LOOPS)
-def test_an_iteration_of_a_loop(form):
+def test_an_iteration_of_a_loop(monkeypatch, form):
     inputs, _, _ = tiny_inputs()
-    bench = NotedBench.noted(0.5)
+    bench, all_options, computed = noted_bench(monkeypatch, 0.5)
     assert bench.in_loop_us(lambda i: i.x, inputs[0], form) == 20
-    assert len(bench.computed) == 2
-    assert all((each == inputs[0].x).all() for each in bench.computed)
-    (options,) = {tuple(each.items()) for each in bench.options}
+    assert len(computed) == 2
+    assert all((each == inputs[0].x).all() for each in computed)
+    (options,) = {tuple(each.items()) for each in all_options}
     captured = dict(options).get("xla_gpu_enable_command_buffer", "").split(",")
     assert ("WHILE" in captured) == ("captured" in form)
     assert ("xla_gpu_command_buffer_unroll_loops" in dict(options)) == ("unrolled" in form)
 
 
-def test_a_loop_that_xla_did_not_capture_is_an_error():
+def test_a_loop_that_xla_did_not_capture_is_an_error(monkeypatch):
     inputs, _, _ = tiny_inputs()
-    bench = NotedBench.noted(0.6)
+    bench, _, _ = noted_bench(monkeypatch, 0.6)
     assert bench.in_loop_us(lambda i: i.x, inputs[0], "in a loop") == 20
     with pytest.raises(RuntimeError, match="launched 86 kernels in 144 iterations"):
         bench.in_loop_us(lambda i: i.x, inputs[0], "in a captured loop")
