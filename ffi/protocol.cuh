@@ -250,8 +250,8 @@ __device__ inline void Finish(const GroupView& group, uint64_t epoch, bool must_
 #pragma unroll 1
   for (int offset = 1; must_wait && offset < group.num_ranks; ++offset) {
     int peer = Peer(group, offset);
-    if (!WaitForFlag(group, &OwnControl(group)->consumed[peer], epoch, Phase::kFinish, peer))
-      return;
+    const uint64_t* flag = &OwnControl(group)->consumed[peer];
+    if (!WaitForFlag(group, flag, epoch, Phase::kFinish, peer)) return;
   }
   GiveTurn(group, 2 * epoch);
 }
