@@ -24,14 +24,14 @@ __device__ bool Pull(const GroupBackwardParams<T>& p,
   int64_t token;
   int top_k = p.plan.top_k;
   p.order.Find(p.group.rank, p.group.num_ranks, position, &source, &token);
-  const int32_t* slots = p.plan.slots + (source * p.plan.num_tokens + token) * top_k;
+  const int32_t* slots = p.Slots(source, token);
   bool has = false;
   for (int k = 0; k < top_k; ++k) has |= slots[k] >= 0;
   if (!has) return true;
   if (!ready.Wait(p.group, team, epoch, source)) return false;
   float* table = p.WeightGradients(source, epoch) + token * top_k;
   const T* dout = p.Gradients(source, epoch) + token * p.hidden;
-  const float* weights = p.Weights(source, epoch) + token * top_k;
+  const float* weights = p.Weights(source, token, epoch);
   TokenGradients<T> gradients{dout, p.y, p.dy, p.hidden, slots, weights};
   for (int first = 0; first < top_k; first += kWeightsAtOnce) {
     int count = min(kWeightsAtOnce, top_k - first);

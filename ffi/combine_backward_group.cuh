@@ -34,15 +34,21 @@ struct GroupBackwardParams {
   }
   __device__ int64_t num_pulls() const { return order.size(group.num_ranks); }
 
-  // Once the source is ready: its gradients [T, H] and weights [T, K], and where its weight
-  // gradients go, in its own memory.
+  // The rows of a token of rank `source` here, -1 elsewhere.
+  __device__ const int32_t* Slots(int source, int64_t token) const {
+    return plan.slots + (source * plan.num_tokens + token) * plan.top_k;
+  }
+  // Once the source is ready: its gradients [T, H], the weights of a token, and where the source's
+  // weight gradients go, in its own memory.
   __device__ const T* Gradients(int source, uint64_t epoch) const {
     const char* own = reinterpret_cast<const char*>(dout);
     return reinterpret_cast<const T*>(TokensOf(group, epoch, source, own, layout.staging));
   }
-  __device__ const float* Weights(int source, uint64_t epoch) const {
-    if (source == group.rank) return weights;
-    return WeightTable(group, layout, plan, group.rank, source, epoch);
+  __device__ const float* Weights(int source, int64_t token, uint64_t epoch) const {
+    const float* table = source == group.rank
+                             ? weights
+                             : WeightTable(group, layout, plan, group.rank, source, epoch);
+    return table + token * plan.top_k;
   }
   __device__ float* WeightGradients(int source, uint64_t epoch) const {
     return reinterpret_cast<float*>(Half(group, source, epoch) + layout.dweights);
@@ -54,7 +60,6 @@ template <typename T>
 __device__ int StageGradients(const GroupBackwardParams<T>& p, uint64_t epoch) {
   uint4* to = reinterpret_cast<uint4*>(Half(p.group, p.group.rank, epoch) + p.layout.staging);
   int64_t vectors = p.plan.num_tokens * (p.hidden / Vec<T>::kSize);
-  if (p.num_staged() == 0) return 0;
   return Stage(p.group, epoch, p.num_staged(), [&](int64_t chunk) {
     if (chunk < p.num_staged_tables()) {
       PushWeights(p.group, p.layout, p.plan, p.weights, epoch, chunk);

@@ -52,10 +52,10 @@ class BackwardFeeder {
   // All tokens that the warp claims. Returns the first claim that is no pull, kNoItem when a rank
   // gave up.
   __device__ int64_t Feed() {
-    Prepare();
-    while (is_fine_ && has_next_) {
+    Take();
+    while (FindNext()) {
       BackwardToken now = next_;
-      Prepare();
+      Take();
       PutToken(now);
     }
     BackwardNote note{};
@@ -66,45 +66,43 @@ class BackwardFeeder {
   }
 
  private:
-  // Takes claims up to the next token with rows.
-  __device__ void Prepare() {
-    has_next_ = false;
-    while (is_fine_ && !has_next_) {
-      position_ = claims_.Next();
-      if (position_ >= p_.num_pulls()) return;
-      ++num_claimed_;
-      Load();
-    }
+  __device__ int lane() const { return threadIdx.x % kWarpSize; }
+
+  // The next claim. A pull's slots are loaded.
+  __device__ void Take() {
+    position_ = claims_.Next();
+    if (position_ >= p_.num_pulls()) return;
+    ++num_claimed_;
+    p_.order.Find(p_.group.rank, p_.group.num_ranks, position_, &next_.source, &next_.token);
+    next_.slot = -1;
+    if (lane() < p_.plan.top_k) next_.slot = p_.Slots(next_.source, next_.token)[lane()];
   }
 
-  __device__ void Load() {
-    const GroupView& group = p_.group;
-    p_.order.Find(group.rank, group.num_ranks, position_, &next_.source, &next_.token);
-    int lane = threadIdx.x % kWarpSize, top_k = p_.plan.top_k;
-    int64_t place = next_.token * top_k + lane;
-    next_.slot = -1;
-    if (lane < top_k) {
-      next_.slot = p_.plan.slots[next_.source * p_.plan.num_tokens * top_k + place];
+  // Goes on from the claim to a token with rows, and loads its weights. False without one, or when
+  // a rank gave up.
+  __device__ bool FindNext() {
+    for (; position_ < p_.num_pulls(); Take()) {
+      next_.rows = __ballot_sync(kAllLanes, next_.slot >= 0);
+      if (next_.rows == 0) continue;
+      is_fine_ = ready_.Wait(p_.group, epoch_, next_.source) && LoadWeights();
+      return is_fine_;
     }
-    next_.rows = __ballot_sync(kAllLanes, next_.slot >= 0);
-    if (next_.rows == 0) return;
-    is_fine_ = ready_.Wait(group, epoch_, next_.source);
-    if (!is_fine_) return;
+    return false;
+  }
+
+  __device__ bool LoadWeights() {
     bool is_there = true;
-    if (lane < top_k && p_.has_few_weights && next_.source != group.rank) {
-      is_there = ReceiveWeight(group, p_.plan, epoch_, next_.source, place, &next_.weight);
-    } else if (lane < top_k) {
-      next_.weight = p_.Weights(next_.source, epoch_)[place];
+    if (lane() < p_.plan.top_k) {
+      is_there = LoadWeight(p_, epoch_, next_.source, next_.token, lane(), &next_.weight);
     }
-    is_fine_ = !__any_sync(kAllLanes, !is_there);
-    has_next_ = is_fine_;
+    return !__any_sync(kAllLanes, !is_there);
   }
 
   // For some columns after others: the gradient's tile, then those of the rows in the order of k;
   // lane k puts its row.
   __device__ void PutToken(const BackwardToken& now) {
-    int lane = threadIdx.x % kWarpSize, num_rows = __popc(now.rows);
-    int row = now.slot >= 0 ? __popc(now.rows & ((1u << lane) - 1)) : -1;
+    int num_rows = __popc(now.rows);
+    int row = now.slot >= 0 ? __popc(now.rows & ((1u << lane()) - 1)) : -1;
     int64_t row_bytes = p_.hidden * sizeof(T), start = now.slot * row_bytes;
     const T* gradients = p_.Gradients(now.source, epoch_) + now.token * p_.hidden;
     const char* gradient = reinterpret_cast<const char*>(gradients);
@@ -112,7 +110,7 @@ class BackwardFeeder {
     char* dy = reinterpret_cast<char*>(p_.dy) + start;
     for (int64_t column = 0; column < row_bytes; column += kTileBytes) {
       int bytes = static_cast<int>(min(int64_t{kTileBytes}, row_bytes - column));
-      ring_.Put(1, bytes, {BackwardNote::kGradient, 1, bytes}, lane, gradient + column, {});
+      ring_.Put(1, bytes, {BackwardNote::kGradient, 1, bytes}, lane(), gradient + column, {});
       for (int begin = 0; begin < num_rows; begin += kGroupTiles) {
         int num_tiles = min(num_rows - begin, kGroupTiles);
         BackwardNote note{BackwardNote::kRows, num_tiles, bytes};
@@ -120,7 +118,8 @@ class BackwardFeeder {
           note.rows = now.rows;
           note.dweights = p_.WeightGradients(now.source, epoch_) + now.token * p_.plan.top_k;
         }
-        ring_.Put(num_tiles, bytes, note, row - begin, y + column, {lane, now.weight, dy + column});
+        ring_.Put(
+            num_tiles, bytes, note, row - begin, y + column, {lane(), now.weight, dy + column});
       }
     }
   }
@@ -133,7 +132,6 @@ class BackwardFeeder {
   bool is_fine_ = true;
   int num_claimed_ = 0;
   int64_t position_ = 0;
-  bool has_next_ = false;
   BackwardToken next_{};
 };
 

@@ -83,12 +83,12 @@ class CombineFeeder {
 
   // All that the warp claims.
   __device__ void Feed() {
-    Prepare();
-    while (is_fine_ && next_.offset >= 0) {
+    Take();
+    while (Receive()) {
       item_ = next_;
       piece_ = next_piece_;
       now_ = next_token_;
-      Prepare();
+      Take();
       PutPiece();
     }
     CombineNote note{};
@@ -103,36 +103,43 @@ class CombineFeeder {
   __device__ bool IsPush() const { return item_.offset > 0; }
   __device__ void PutNote(const CombineNote& note) { ring_.Put(0, 0, note, -1, nullptr, 0); }
 
-  // Takes the next claim, and loads what its first token needs. Below 0 there is none.
-  __device__ void Prepare() {
+  // The next claim, and what its first token needs but for weights. Below 0 there is none.
+  __device__ void Take() {
     int64_t position = claims_.Next();
     next_.offset = -1;
     if (position >= p_.order.size()) return;
     ++num_claimed_;
     next_ = p_.order.Find(position);
-    int source = Peer(p_.group, next_.offset);
-    bool waits = next_.offset > 0 && !p_.has_few_weights;
-    if (waits) is_fine_ = is_fine_ && ready_.Wait(p_.group, epoch_, source);
-    if (!is_fine_) return;
     next_piece_ = p_.pieces.At(next_.piece);
-    next_token_ = Load(next_.offset, source, next_piece_.first_token);
+    next_token_ = Load(next_, next_piece_.first_token);
   }
 
-  __device__ CombineToken Load(int offset, int source, int64_t token) {
+  __device__ CombineToken Load(const CombineItem& item, int64_t token) const {
     CombineToken loaded{-1, -1, 1.0f};
-    bool is_there = true, receives = offset > 0 && p_.has_few_weights;
-    if (lane() < p_.plan.top_k) {
-      int64_t place = token * p_.plan.top_k + lane();
-      loaded.slot = p_.Slots(source, token)[lane()];
-      if (receives) {
-        is_there = ReceiveWeight(p_.group, p_.plan, epoch_, source, place, &loaded.weight);
-      } else if (p_.weights != nullptr) {
-        loaded.weight = p_.Weights(source, token, epoch_)[lane()];
-      }
-      if (offset == 0) loaded.owner = p_.owners[place];
-    }
-    if (receives) is_fine_ = is_fine_ && !__any_sync(kAllLanes, !is_there);
+    if (lane() >= p_.plan.top_k) return loaded;
+    loaded.slot = p_.Slots(Peer(p_.group, item.offset), token)[lane()];
+    if (item.offset == 0) loaded.owner = p_.owners[token * p_.plan.top_k + lane()];
     return loaded;
+  }
+
+  // Once its rank has sent them. False when a rank gave up.
+  __device__ bool LoadWeights(const CombineItem& item, int64_t token, CombineToken& loaded) {
+    if (p_.weights == nullptr) return true;
+    bool is_there = true;
+    if (lane() < p_.plan.top_k) {
+      int source = Peer(p_.group, item.offset);
+      is_there = LoadWeight(p_, epoch_, source, token, lane(), &loaded.weight);
+    }
+    return !p_.has_few_weights || !__any_sync(kAllLanes, !is_there);
+  }
+
+  // The weights of the claim's first token. False without a claim, or when a rank gave up.
+  __device__ bool Receive() {
+    if (!is_fine_ || next_.offset < 0) return false;
+    bool waits = next_.offset > 0 && !p_.has_few_weights;
+    if (waits) is_fine_ = ready_.Wait(p_.group, epoch_, Peer(p_.group, next_.offset));
+    is_fine_ = is_fine_ && LoadWeights(next_, next_piece_.first_token, next_token_);
+    return is_fine_;
   }
 
   // Its tiles, then the flag of a push, but for one without rows: owners say so, nobody waits.
@@ -141,7 +148,8 @@ class CombineFeeder {
     for (int64_t token = piece_.first_token; is_fine_;) {
       has_put |= PutToken(token);
       if (++token == piece_.end_token) break;
-      now_ = Load(item_.offset, Peer(p_.group, item_.offset), token);
+      now_ = Load(item_, token);
+      is_fine_ = is_fine_ && LoadWeights(item_, token, now_);
     }
     if (!is_fine_ || !IsPush() || !has_put) return;
     CombineNote note{};

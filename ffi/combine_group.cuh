@@ -63,7 +63,6 @@ struct GroupCombineParams {
 // Weights that do not cross in words. 1 for the lane that has told the peers.
 template <typename T>
 __device__ int StageWeights(const GroupCombineParams<T>& p, uint64_t epoch) {
-  if (p.num_table_chunks == 0) return 0;
   return Stage(p.group, epoch, p.num_table_chunks, [&](int64_t chunk) {
     PushWeights(p.group, p.layout, p.plan, p.weights, epoch, chunk);
   });

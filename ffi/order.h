@@ -60,8 +60,7 @@ struct CombinePieces {
   int64_t part_bytes;  // a multiple of kPartBytes
   int64_t num_parts;
 
-  static constexpr int64_t kPartBytes = 2048;
-  static constexpr int64_t kShort = 512;  // tokens: of short batches every warp has a part
+  static constexpr int64_t kPartBytes = 4096;
   // Pieces, for the machine to be full; for a few SMs less, as a piece has a cost of its own.
   static constexpr int64_t kEnough = 8192;
   static constexpr int64_t kEnoughForFew = 4096;
@@ -70,10 +69,9 @@ struct CombinePieces {
   CombinePieces() = default;
   JAX_MOE_EP_HOST_DEVICE CombinePieces(int64_t num_tokens, int64_t row_bytes, bool has_few_sms)
       : num_tokens(num_tokens), row_bytes(row_bytes) {
-    int64_t least_bytes = num_tokens <= kShort ? kPartBytes : 2 * kPartBytes;
-    int64_t most = CeilDiv(row_bytes, least_bytes), enough = has_few_sms ? kEnoughForFew : kEnough;
+    int64_t most = CeilDiv(row_bytes, kPartBytes), enough = has_few_sms ? kEnoughForFew : kEnough;
     int64_t wanted = num_tokens == 0 ? 1 : CeilDiv(enough, num_tokens);
-    part_bytes = CeilDiv(most, wanted < most ? wanted : most) * least_bytes;
+    part_bytes = CeilDiv(most, wanted < most ? wanted : most) * kPartBytes;
     num_parts = CeilDiv(row_bytes, part_bytes);
     run_tokens = CeilDiv(num_tokens * num_parts, kMaxPieces);
     if (run_tokens == 0) run_tokens = 1;

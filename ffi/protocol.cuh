@@ -221,12 +221,12 @@ __device__ inline int CompleteStaging(const GroupView& group,
 }
 
 // Every warp: copy(chunk) for chunks that are claimed until all are; then the peers are told, and
-// the lane that did gets 1.
+// the lane that did gets 1. Without chunks there is nothing to tell.
 template <typename Copy>
 __device__ int Stage(const GroupView& group, uint64_t epoch, int64_t num_chunks, Copy copy) {
-  LaunchState* launch = group.launch;
+  if (num_chunks == 0) return 0;
   int64_t count = 0;
-  for (int64_t chunk; (chunk = ClaimByWarp(group, &launch->staging)) < num_chunks; ++count) {
+  for (int64_t chunk; (chunk = ClaimByWarp(group, &group.launch->staging)) < num_chunks; ++count) {
     copy(chunk);
   }
   return CompleteStaging(group, epoch, count, num_chunks);

@@ -93,20 +93,28 @@ static __device__ __noinline__ bool WaitLongForWords(const GroupView& group,
   return false;
 }
 
+// Any thread: until it has the peer's words of this call, which has_come() looks for. False as
+// above.
+template <typename HasCome>
+__device__ bool WaitForWords(
+    const GroupView& group, uint64_t epoch, int peer, const AwaitedWords& words, HasCome has_come) {
+#pragma unroll 1
+  for (int look = 0; look < kLooks; ++look) {
+    if (has_come()) return true;
+  }
+  return WaitLongForWords(group, epoch, peer, words) && has_come();
+}
+
 // Edge 2. One thread: until the peer's data of this call can be read by it, or through a barrier by
 // others. False when a rank gave up, or the peer is in another call.
 __device__ inline bool WaitForReady(const GroupView& group, uint64_t epoch, int peer) {
   if (peer == group.rank) return true;
   PlaceWords words(group, epoch);
   const uint64_t* here = OwnControl(group)->places[epoch & 1][peer];
-  auto is_ready = [&] {
+  bool is_fine = WaitForWords(group, epoch, peer, words.At(here, 2), [&] {
     uint64_t low = LoadRelaxedSystem(&here[0]);  // under way beside the other
     return words.Has(LoadAcquireSystem(&here[1])) && words.Has(low);
-  };
-  bool is_fine = false;
-#pragma unroll 1
-  for (int look = 0; !is_fine && look < kLooks; ++look) is_fine = is_ready();
-  if (!is_fine) is_fine = WaitLongForWords(group, epoch, peer, words.At(here, 2)) && is_ready();
+  });
   ptx::FenceProxyAsync();
   return is_fine;
 }

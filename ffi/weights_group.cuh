@@ -125,12 +125,20 @@ __device__ inline bool ReceiveWeight(const GroupView& group,
                                      float* weight) {
   const uint64_t* pair = FewWeights(group, plan, group.rank, source, epoch) + 2 * place;
   WeightWords words(group, epoch);
-#pragma unroll 1
-  for (int look = 0; look < kLooks; ++look) {
-    if (ReadWeight(pair, words, weight)) return true;
+  return WaitForWords(
+      group, epoch, source, words.At(pair, 2), [&] { return ReadWeight(pair, words, weight); });
+}
+
+// One thread: weight k of a token of rank `source`, by the params of an op that has weights; the
+// source must be ready, unless few weights cross in words. False as ReceiveWeight.
+template <typename Params>
+__device__ bool LoadWeight(
+    const Params& p, uint64_t epoch, int source, int64_t token, int k, float* weight) {
+  if (p.has_few_weights && source != p.group.rank) {
+    return ReceiveWeight(p.group, p.plan, epoch, source, token * p.plan.top_k + k, weight);
   }
-  return WaitLongForWords(group, epoch, source, words.At(pair, 2)) &&
-         ReadWeight(pair, words, weight);
+  *weight = p.Weights(source, token, epoch)[k];
+  return true;
 }
 
 }  // namespace

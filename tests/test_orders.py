@@ -96,10 +96,9 @@ def test_few_sms_have_half_as_many_pieces(order):
     assert [len(pieces(order, 4096, 14336, few)) for few in (False, True)] == [8192, 4096]
 
 
-def test_rows_of_short_batches_are_cut_into_smaller_parts(order):
-    """2 KB up to 512 tokens, 4 KB beyond."""
-    assert len(pieces(order, 512, 14336, False)) == 512 * 7
-    assert len(pieces(order, 513, 14336, False)) == 513 * 4
+@pytest.mark.parametrize(("num_tokens", "num_parts"), [(1, 4), (128, 4), (2048, 4), (4096, 2)])
+def test_rows_of_short_batches_are_cut_into_parts_of_4_kb(order, num_tokens, num_parts):
+    assert len(pieces(order, num_tokens, 14336, False)) == num_tokens * num_parts
 
 
 class Rank:
