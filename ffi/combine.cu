@@ -71,7 +71,8 @@ __global__ void __launch_bounds__(kBackwardThreads)
   for (int64_t token = blockIdx.x; token < p.plan.num_tokens; token += gridDim.x) {
     int64_t place = token * p.plan.top_k;
     const T* dout = p.dout + token * p.hidden;
-    TokenGradients<T> gradients{dout, p.y, p.dy, p.hidden, p.plan.slots + place, p.weights + place};
+    TokenGradients<T> gradients{
+        dout, p.y, p.dy, p.hidden, p.hidden, p.plan.slots + place, p.weights + place};
     for (int first = 0; first < p.plan.top_k; first += kWeightsAtOnce) {
       int count = min(kWeightsAtOnce, p.plan.top_k - first);
       gradients.ScaleAndDot(block, first, count, partial);

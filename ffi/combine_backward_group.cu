@@ -11,34 +11,33 @@ constexpr int kThreads = 256;
 using BackwardTeam = Team<kThreads, kTeams>;
 constexpr int64_t kLead = 256;  // own tokens before the first of a peer
 
-// One token of any rank: dy of its rows here, dw of them into the token's rank's table. False when
-// a rank gave up.
+// dy of the pull's rows here, dw of them into the tables of the token's rank. False when a rank
+// gave up.
 template <typename T>
-__device__ bool Pull(const GroupBackwardParams<T>& p,
-                     const BackwardTeam& team,
-                     TeamReady<BackwardTeam>& ready,
-                     uint64_t epoch,
-                     int64_t position,
-                     float (*partial)[kWeightsAtOnce]) {
-  int source;
-  int64_t token;
+__device__ bool DoPull(const GroupBackwardParams<T>& p,
+                       const BackwardTeam& team,
+                       TeamReady<BackwardTeam>& ready,
+                       uint64_t epoch,
+                       const Pull& pull,
+                       float (*partial)[kWeightsAtOnce]) {
   int top_k = p.plan.top_k;
-  p.order.Find(p.group.rank, p.group.num_ranks, position, &source, &token);
-  const int32_t* slots = p.Slots(source, token);
+  const int32_t* slots = p.Slots(pull.source, pull.token);
   bool has = false;
   for (int k = 0; k < top_k; ++k) has |= slots[k] >= 0;
   if (!has) return true;
-  if (!ready.Wait(p.group, team, epoch, source)) return false;
-  float* table = p.WeightGradients(source, epoch) + token * top_k;
-  const T* dout = p.Gradients(source, epoch) + token * p.hidden;
-  const float* weights = p.Weights(source, token, epoch);
-  TokenGradients<T> gradients{dout, p.y, p.dy, p.hidden, slots, weights};
-  for (int first = 0; first < top_k; first += kWeightsAtOnce) {
-    int count = min(kWeightsAtOnce, top_k - first);
-    gradients.ScaleAndDot(team, first, count, partial);
+  if (!ready.Wait(p.group, team, epoch, pull.source)) return false;
+  float* dweights = p.WeightGradients(pull, epoch);
+  int64_t first = pull.first_byte / sizeof(T), end = pull.end_byte / sizeof(T);
+  const T* dout = p.Gradients(pull.source, epoch) + pull.token * p.hidden;
+  const float* weights = p.Weights(pull.source, pull.token, epoch);
+  TokenGradients<T> gradients{
+      dout + first, p.y + first, p.dy + first, p.hidden, end - first, slots, weights};
+  for (int from = 0; from < top_k; from += kWeightsAtOnce) {
+    int count = min(kWeightsAtOnce, top_k - from);
+    gradients.ScaleAndDot(team, from, count, partial);
     float dot = SumOverWarps(team, partial);
-    int k = first + team.thread;
-    if (team.thread < count && slots[k] >= 0) table[k] = dot;
+    int k = from + team.thread;
+    if (team.thread < count && slots[k] >= 0) dweights[k] = dot;
     team.Sync();
   }
   return true;
@@ -57,10 +56,13 @@ __device__ bool Collect(const GroupBackwardParams<T>& p,
     is_there = WaitForFlag(p.group, flag, epoch, Phase::kReturned, team.thread);
   }
   if (!team.And(is_there)) return false;
-  const float* table = p.WeightGradients(p.group.rank, epoch);
   int64_t end = min((chunk + 1) * kWarpChunk, p.num_weights());
   for (int64_t i = chunk * kWarpChunk + team.thread; i < end; i += kThreads) {
-    p.dweights[i] = p.owners[i] >= 0 ? table[i] : 0.0f;
+    float gradient = 0;
+    for (int64_t part = 0; p.owners[i] >= 0 && part < p.parts.count; ++part) {
+      gradient += p.WeightGradients(p.group.rank, part, epoch)[i];
+    }
+    p.dweights[i] = gradient;
   }
   return true;
 }
@@ -90,7 +92,7 @@ __global__ void __launch_bounds__(kTeams* kThreads, 1)
     int64_t item = items.Next();
     bool goes_on = true;
     for (; goes_on && item < p.num_pulls(); item = items.Next(), ++pulls) {
-      goes_on = Pull(p, team, ready, epoch, item, partial[team.id]);
+      goes_on = DoPull(p, team, ready, epoch, p.PullAt(item), partial[team.id]);
     }
     team.Sync();
     if (goes_on && team.thread == 0) CompletePulls(p, epoch, pulls);
@@ -137,6 +139,7 @@ cudaError_t LaunchGroupCombineBackward(const GroupView& group,
     params.layout = layout;
     params.plan = plan;
     params.order = {plan.num_tokens, std::min(plan.num_tokens, kLead)};
+    params.parts = PullParts(group.num_ranks, plan.num_tokens, arrays.row_bytes);
     params.owners = arrays.owners;
     params.dout = static_cast<const T*>(arrays.dout);
     params.y = static_cast<const T*>(arrays.y);

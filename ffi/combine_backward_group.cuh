@@ -8,12 +8,21 @@
 namespace jax_moe_ep {
 namespace {
 
+// A part of the columns of a token.
+struct Pull {
+  int source;  // the token's rank
+  int64_t token;
+  int64_t part;
+  int64_t first_byte, end_byte;  // of the row
+};
+
 template <typename T>
 struct GroupBackwardParams {
   GroupView group;
   RegionLayout layout;
   RowsPlan plan;
   PullOrder order;
+  RowParts parts;
   const int32_t* owners;    // [T, K]
   const T* dout;            // [T, H]
   const T* y;               // [C, H]
@@ -32,14 +41,22 @@ struct GroupBackwardParams {
   __device__ int64_t num_last_items() const {
     return num_table_chunks() + 1 + (has_few_weights ? num_table_chunks() : 0);
   }
-  __device__ int64_t num_pulls() const { return order.size(group.num_ranks); }
+  __device__ int64_t num_pulls() const { return order.size(group.num_ranks) * parts.count; }
+  __device__ Pull PullAt(int64_t position) const {
+    Pull pull;
+    auto [token, part] = Divide(position, parts.count);
+    order.Find(group.rank, group.num_ranks, token, &pull.source, &pull.token);
+    pull.part = part;
+    pull.first_byte = part * parts.bytes;
+    pull.end_byte = min(pull.first_byte + parts.bytes, hidden * int64_t{sizeof(T)});
+    return pull;
+  }
 
   // The rows of a token of rank `source` here, -1 elsewhere.
   __device__ const int32_t* Slots(int source, int64_t token) const {
     return plan.slots + (source * plan.num_tokens + token) * plan.top_k;
   }
-  // Once the source is ready: its gradients [T, H], the weights of a token, and where the source's
-  // weight gradients go, in its own memory.
+  // Once the source is ready: its gradients [T, H], and the weights of a token.
   __device__ const T* Gradients(int source, uint64_t epoch) const {
     const char* own = reinterpret_cast<const char*>(dout);
     return reinterpret_cast<const T*>(TokensOf(group, epoch, source, own, layout.staging));
@@ -50,8 +67,14 @@ struct GroupBackwardParams {
                              : WeightTable(group, layout, plan, group.rank, source, epoch);
     return table + token * plan.top_k;
   }
-  __device__ float* WeightGradients(int source, uint64_t epoch) const {
-    return reinterpret_cast<float*>(Half(group, source, epoch) + layout.dweights);
+  // Weight gradients of a part [T, K], in rank `source`'s memory; and those of a pull's token
+  // there.
+  __device__ float* WeightGradients(int source, int64_t part, uint64_t epoch) const {
+    char* tables = Half(group, source, epoch) + layout.dweights;
+    return reinterpret_cast<float*>(tables) + part * num_weights();
+  }
+  __device__ float* WeightGradients(const Pull& pull, uint64_t epoch) const {
+    return WeightGradients(pull.source, pull.part, epoch) + pull.token * plan.top_k;
   }
 };
 

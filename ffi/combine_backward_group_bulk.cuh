@@ -17,8 +17,8 @@ struct alignas(16) BackwardNote {
   int num_tiles;
   int bytes;        // of each
   int num_claimed;  // with kEnd: pulls that are done now, 0 when a rank gave up
-  uint32_t rows;    // with the last tiles of the token: a bit a k that has a row here
-  float* dweights;  // likewise: of the token
+  uint32_t rows;    // with the last tiles of the pull: a bit a k that has a row here
+  float* dweights;  // likewise: of its token
 };
 struct BackwardTileNote {
   int k;
@@ -29,17 +29,15 @@ using BackwardRings = Rings<BackwardNote, BackwardTileNote>;
 using BackwardWriter = RingWriter<BackwardNote, BackwardTileNote>;
 using BackwardReader = RingReader<BackwardNote, BackwardTileNote>;
 
-// A token of any rank that has rows here.
-struct BackwardToken {
-  int source;
-  int64_t token;
+// A pull, and what it needs of its token.
+struct BackwardPull : Pull {
   int32_t slot;   // of k = lane
   float weight;   // likewise
   uint32_t rows;  // a bit a k
 };
 
-// The warp that fills a ring. The claim of a token, and the loads of its slots and weights, are
-// under way while the tiles of the token before are put.
+// The warp that fills a ring. The claim of a pull, and the loads of its slots and weights, are
+// under way while the tiles of the one before are put.
 template <typename T>
 class BackwardFeeder {
  public:
@@ -49,14 +47,14 @@ class BackwardFeeder {
                             uint64_t epoch)
       : p_(p), ring_(ring), claims_(claims), epoch_(epoch) {}
 
-  // All tokens that the warp claims. Returns the first claim that is no pull, kNoItem when a rank
+  // All pulls that the warp claims. Returns the first claim that is no pull, kNoItem when a rank
   // gave up.
   __device__ int64_t Feed() {
     Take();
     while (FindNext()) {
-      BackwardToken now = next_;
+      BackwardPull now = next_;
       Take();
-      PutToken(now);
+      PutPull(now);
     }
     BackwardNote note{};
     note.what = BackwardNote::kEnd;
@@ -73,13 +71,13 @@ class BackwardFeeder {
     position_ = claims_.Next();
     if (position_ >= p_.num_pulls()) return;
     ++num_claimed_;
-    p_.order.Find(p_.group.rank, p_.group.num_ranks, position_, &next_.source, &next_.token);
+    static_cast<Pull&>(next_) = p_.PullAt(position_);
     next_.slot = -1;
     if (lane() < p_.plan.top_k) next_.slot = p_.Slots(next_.source, next_.token)[lane()];
   }
 
-  // Goes on from the claim to a token with rows, and loads its weights. False without one, or when
-  // a rank gave up.
+  // Goes on from the claim to a pull with rows here, and loads its weights. False without one, or
+  // when a rank gave up.
   __device__ bool FindNext() {
     for (; position_ < p_.num_pulls(); Take()) {
       next_.rows = __ballot_sync(kAllLanes, next_.slot >= 0);
@@ -100,7 +98,7 @@ class BackwardFeeder {
 
   // For some columns after others: the gradient's tile, then those of the rows in the order of k;
   // lane k puts its row.
-  __device__ void PutToken(const BackwardToken& now) {
+  __device__ void PutPull(const BackwardPull& now) {
     int num_rows = __popc(now.rows);
     int row = now.slot >= 0 ? __popc(now.rows & ((1u << lane()) - 1)) : -1;
     int64_t row_bytes = p_.hidden * sizeof(T), start = now.slot * row_bytes;
@@ -108,15 +106,15 @@ class BackwardFeeder {
     const char* gradient = reinterpret_cast<const char*>(gradients);
     const char* y = reinterpret_cast<const char*>(p_.y) + start;
     char* dy = reinterpret_cast<char*>(p_.dy) + start;
-    for (int64_t column = 0; column < row_bytes; column += kTileBytes) {
-      int bytes = static_cast<int>(min(int64_t{kTileBytes}, row_bytes - column));
+    for (int64_t column = now.first_byte; column < now.end_byte; column += kTileBytes) {
+      int bytes = static_cast<int>(min(int64_t{kTileBytes}, now.end_byte - column));
       ring_.Put(1, bytes, {BackwardNote::kGradient, 1, bytes}, lane(), gradient + column, {});
       for (int begin = 0; begin < num_rows; begin += kGroupTiles) {
         int num_tiles = min(num_rows - begin, kGroupTiles);
         BackwardNote note{BackwardNote::kRows, num_tiles, bytes};
-        if (begin + num_tiles == num_rows && column + kTileBytes >= row_bytes) {
+        if (begin + num_tiles == num_rows && column + kTileBytes >= now.end_byte) {
           note.rows = now.rows;
-          note.dweights = p_.WeightGradients(now.source, epoch_) + now.token * p_.plan.top_k;
+          note.dweights = p_.WeightGradients(now, epoch_);
         }
         ring_.Put(
             num_tiles, bytes, note, row - begin, y + column, {lane(), now.weight, dy + column});
@@ -132,10 +130,10 @@ class BackwardFeeder {
   bool is_fine_ = true;
   int num_claimed_ = 0;
   int64_t position_ = 0;
-  BackwardToken next_{};
+  BackwardPull next_{};
 };
 
-// The gradient's tile, and the dot products of the token so far.
+// The gradient's tile, and the dot products of the pull so far.
 template <typename T>
 struct TileGradient {
   Vec<T> gradient[kTileVectors] = {};
@@ -170,7 +168,7 @@ struct TileGradient {
     if (threadIdx.x % kWarpSize == note.k) dot += sum;
   }
 
-  __device__ void EndToken(const BackwardNote& note) {
+  __device__ void EndPull(const BackwardNote& note) {
     int lane = threadIdx.x % kWarpSize;
     if (note.rows >> lane & 1) note.dweights[lane] = dot;
     dot = 0;
@@ -192,7 +190,14 @@ __device__ bool CollectByWarp(const GroupBackwardParams<T>& p, uint64_t epoch, i
   WarpChunk<int32_t> owners(chunk, p.num_weights());
   WarpChunk<float> gradients(chunk, p.num_weights());
   owners.Load(p.owners);
-  gradients.Load(p.WeightGradients(p.group.rank, epoch));
+  gradients.Load(p.WeightGradients(p.group.rank, 0, epoch));
+#pragma unroll 1
+  for (int64_t part = 1; part < p.parts.count; ++part) {
+    WarpChunk<float> more(chunk, p.num_weights());
+    more.Load(p.WeightGradients(p.group.rank, part, epoch));
+#pragma unroll
+    for (int j = 0; j < kUnitsPerLane; ++j) gradients.units[j] += more.units[j];
+  }
 #pragma unroll
   for (int j = 0; j < kUnitsPerLane; ++j) {
     if (owners.units[j] < 0) gradients.units[j] = 0;
@@ -238,7 +243,7 @@ __device__ bool UsePulls(const GroupBackwardParams<T>& p,
     count = note.num_claimed;
     if (note.what & BackwardNote::kEnd) break;
     if (note.dweights == nullptr) continue;
-    gradient.EndToken(note);
+    gradient.EndPull(note);
     if (zero.Next(&row)) {
       BulkZeroRow(dy + row * row_bytes, row_bytes, zeros, kTileBytes);
       ptx::BulkCommitGroup();

@@ -87,13 +87,15 @@ __device__ void SumRows(const T* y,
   }
 }
 
-// One token of combine's backward: its gradient meets its rows.
+// Columns of one token of combine's backward: its gradient meets its rows. Pointers are to the
+// first column.
 template <typename T>
 struct TokenGradients {
-  const T* dout;         // [H]
-  const T* y;            // [C, H]
-  T* dy;                 // [C, H]
-  int64_t hidden;        // H
+  const T* dout;   // [H]
+  const T* y;      // [C, H]
+  T* dy;           // [C, H]
+  int64_t hidden;  // H
+  int64_t num_columns;
   const int32_t* slots;  // [K]
   const float* weights;  // [K], not read at slots of -1
 
@@ -111,7 +113,8 @@ struct TokenGradients {
       rows[i] = i < count ? slots[first + i] : -1;
       scales[i] = rows[i] >= 0 ? weights[first + i] : 0.0f;
     }
-    for (int64_t index = team.thread; index < hidden / Vec<T>::kSize; index += Team::kThreads) {
+    for (int64_t index = team.thread; index < num_columns / Vec<T>::kSize;
+         index += Team::kThreads) {
       Vec<T> gradient = Vec<T>::Load(dout, index);
       Vec<T> values[kWeightsAtOnce];
 #pragma unroll

@@ -5,13 +5,15 @@
 
 #include <cstdint>
 
-#include "layout.h"
+#include "host_device.h"
 
 namespace jax_moe_ep {
 
 struct Division {
   int64_t quotient, remainder;
 };
+
+JAX_MOE_EP_HOST_DEVICE inline int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Of numbers that are not negative. GPUs divide 64 bits by hundreds of instructions, and nearly
 // always 32 are enough.

@@ -13,6 +13,8 @@
 #include <cstdint>
 #include <initializer_list>
 
+#include "row_parts.h"
+
 namespace jax_moe_ep {
 
 inline constexpr int kMaxRanks = 16;                  // GPUs of one host
@@ -113,12 +115,6 @@ struct Failure {
   CallSignature theirs;
 };
 
-#ifdef __CUDACC__
-#define JAX_MOE_EP_HOST_DEVICE __host__ __device__
-#else
-#define JAX_MOE_EP_HOST_DEVICE
-#endif
-
 // A group as a kernel of one rank sees it. num_ranks = 1: all else is unused.
 struct GroupView {
   int num_ranks;
@@ -151,7 +147,7 @@ struct RegionLayout {
   int64_t staging = 0;   // [T, row_bytes] this rank's tokens
   int64_t landing = 0;   // [R - 1, T, row_bytes] partials of the peers
   int64_t weights = 0;   // [R, T, K] fp32 weights of all ranks
-  int64_t dweights = 0;  // [T, K] fp32 weight gradients of this rank
+  int64_t dweights = 0;  // [parts, T, K] fp32 weight gradients of this rank, by parts of rows
   int64_t gathered = 0;  // [R, T, row_bytes] what all ranks gave to gather or plan of many
   int64_t total = 0;
 
@@ -168,7 +164,9 @@ struct RegionLayout {
     if (is_pulled && !is_one_process) staging = Take(tokens);
     if (op == Op::kCombine) landing = Take((num_ranks - 1) * tokens);
     if (has_weights) weights = Take(num_ranks * table);
-    if (op == Op::kCombineBackward) dweights = Take(table);
+    if (op == Op::kCombineBackward) {
+      dweights = Take(PullParts(num_ranks, num_tokens, row_bytes).count * table);
+    }
     if (op == Op::kGather || op == Op::kPlan) gathered = Take(num_ranks * tokens);
   }
 

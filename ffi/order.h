@@ -56,11 +56,9 @@ struct Piece {
 struct CombinePieces {
   int64_t num_tokens;
   int64_t row_bytes;
+  RowParts parts;
   int64_t run_tokens;
-  int64_t part_bytes;  // a multiple of kPartBytes
-  int64_t num_parts;
 
-  static constexpr int64_t kPartBytes = 4096;
   // Pieces, for the machine to be full; for a few SMs less, as a piece has a cost of its own.
   static constexpr int64_t kEnough = 8192;
   static constexpr int64_t kEnoughForFew = 4096;
@@ -68,28 +66,25 @@ struct CombinePieces {
 
   CombinePieces() = default;
   JAX_MOE_EP_HOST_DEVICE CombinePieces(int64_t num_tokens, int64_t row_bytes, bool has_few_sms)
-      : num_tokens(num_tokens), row_bytes(row_bytes) {
-    int64_t most = CeilDiv(row_bytes, kPartBytes), enough = has_few_sms ? kEnoughForFew : kEnough;
-    int64_t wanted = num_tokens == 0 ? 1 : CeilDiv(enough, num_tokens);
-    part_bytes = CeilDiv(most, wanted < most ? wanted : most) * kPartBytes;
-    num_parts = CeilDiv(row_bytes, part_bytes);
-    run_tokens = CeilDiv(num_tokens * num_parts, kMaxPieces);
+      : num_tokens(num_tokens),
+        row_bytes(row_bytes),
+        parts(num_tokens, row_bytes, has_few_sms ? kEnoughForFew : kEnough) {
+    run_tokens = CeilDiv(num_tokens * parts.count, kMaxPieces);
     if (run_tokens == 0) run_tokens = 1;
   }
 
   JAX_MOE_EP_HOST_DEVICE int64_t size() const {
-    return CeilDiv(num_tokens, run_tokens) * num_parts;
+    return CeilDiv(num_tokens, run_tokens) * parts.count;
   }
 
   JAX_MOE_EP_HOST_DEVICE Piece At(int64_t piece) const {
-    auto [run, part] = Divide(piece, num_parts);
-    int64_t token = run * run_tokens, byte = part * part_bytes;
+    auto [run, part] = Divide(piece, parts.count);
+    int64_t token = run * run_tokens, byte = part * parts.bytes;
     return {
-        token, Least(token + run_tokens, num_tokens), byte, Least(byte + part_bytes, row_bytes)};
+        token, Least(token + run_tokens, num_tokens), byte, Least(byte + parts.bytes, row_bytes)};
   }
 
  private:
-  JAX_MOE_EP_HOST_DEVICE static int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
   JAX_MOE_EP_HOST_DEVICE static int64_t Least(int64_t a, int64_t b) { return a < b ? a : b; }
 };
 

@@ -19,8 +19,6 @@ constexpr int kDigits = 256;
 constexpr int kDigitBits = 8;
 constexpr int kKeyBits = 32;
 
-inline int CeilDiv(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
-
 // How the assignments are cut, and where things are in scratch.
 struct PlanGrid {
   int num_bins;         // of the last Count: E by position, 2E by priority
@@ -35,7 +33,7 @@ struct PlanGrid {
         chunks_per_rank(chunks_per_rank),
         num_chunks(chunks_per_rank * shape.num_ranks) {
     int64_t items = CeilDiv(shape.assignments_per_rank, int64_t{warps} * chunks_per_rank);
-    items_per_warp = int64_t{CeilDiv(items, kWarpSize)} * kWarpSize;
+    items_per_warp = CeilDiv(items, kWarpSize) * kWarpSize;
   }
 
   // For blocks of one chunk each.
