@@ -19,7 +19,7 @@ namespace jax_moe_ep {
 
 inline constexpr int kMaxRanks = 16;                  // GPUs of one host
 inline constexpr int kMaxPieces = 16 * 1024;          // of one rank's partials, each with a flag
-inline constexpr int kMaxFewWords = 16 * 1024;        // of all ranks: tagged_words.cuh
+inline constexpr int kMaxFewWords = 256 * 1024;       // of all ranks: tagged_words.cuh
 inline constexpr int64_t kPartAlignment = 256;        // of the parts of a region
 inline constexpr int64_t kAllocationBytes = 2 << 20;  // cudaIpc maps whole multiples of this
 inline constexpr int64_t kRegionHeaderBytes = 256;    // its proof

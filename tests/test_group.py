@@ -176,6 +176,12 @@ def test_more_tokens_than_flags():
     assert_bitwise_equal(out, np.where(count == 0, 0, count * x).astype(np.float32) + 0)
 
 
+@pytest.mark.parametrize("more", [0, 1], ids=["words", "table"])
+def test_as_many_weights_as_words(more):
+    """R * T * K = 2^17 cross in words; with more a table of them is staged."""
+    check_layer(Case(T=2**17 // (4 * R) + more, K=4, E=16, R=R, H=8))
+
+
 @pytest.mark.parametrize("epoch", [2**32 - 3, 2**62 - 3])
 def test_epochs_pass_the_ends_of_32_and_62_bits(epoch):
     check_layer(BASE)
