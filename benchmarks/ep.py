@@ -7,8 +7,9 @@ graph while the profiler looks on (but with xla_enable_command_buffers_during_pr
 between kernels are those of launches by the host. Loops are timed by the host's clock instead, as
 XLA runs them by default and captured.
 
-The results of two GPUs are ep.json, those of R others ep-R.json, and with "-processes" of one
-process a GPU. There P is not measured: give the P_GBps of a run in one process as --peer-gbps.
+The results of two GPUs are ep.json, those of R others ep-R.json, with "-processes" of one process
+a GPU and "-quick" of the standard point and T = 128 alone. With several processes P is not
+measured: give the P_GBps of a run in one process as --peer-gbps.
 
 --ragged SECONDS adds lax.ragged_all_to_all, by NCCL and by XLA's one-shot kernel, which is its
 default. Each program is compiled with its own setting, so one run measures both. They come last
@@ -232,7 +233,7 @@ def main(
             "Start as many processes as ranks"
         )
     bench = make_bench(ranks, wall, peer_gbps)
-    name = result_name("ep", bench.mesh.size) + "-ragged" * ragged_only
+    name = result_name("ep", bench.mesh.size) + "-quick" * quick + "-ragged" * ragged_only
     is_first = jax.process_index() == 0
     console = Console(width=180, quiet=not is_first)
     rate = copy_rate(bench, 1e6 if wall else 1e9)

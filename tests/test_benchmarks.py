@@ -135,7 +135,7 @@ def test_a_dry_run_writes_its_results(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(jax, "devices", lambda: DEVICES)
     monkeypatch.setattr(benchmark, "quick_points", lambda ranks: [GroupShape(T=128, R=ranks)])
     benchmark.main(tmp_path, quick=True, wall=True, ranks=2, peer_gbps=100.0)
-    result = json.loads((tmp_path / "ep.json").read_text())
+    result = json.loads((tmp_path / "ep-quick.json").read_text())
     assert {"command", "date", "devices", "commit", "versions", "xla_flags"} <= set(result)
     assert set(result["limits"]) == {"copy_TBps", "P", "P_GBps", "M"}
     assert result["limits"]["P_GBps"] == pytest.approx(100)
@@ -160,14 +160,17 @@ def test_a_dry_run_writes_its_results(monkeypatch, tmp_path, capsys):
 
 
 def test_a_dry_run_of_four_ranks(monkeypatch, tmp_path, capsys):
-    """Beside the result of two; P by copies between all of them."""
-    (tmp_path / "ep.json").write_text("that of two")
+    """Beside the results of two and of the whole sweep; P by copies between all of them."""
+    others = ["ep.json", "ep-quick.json", "ep-4.json"]
+    for other in others:
+        (tmp_path / other).write_text(other)
     monkeypatch.setattr(jax, "devices", lambda: DEVICES)
     monkeypatch.setattr(benchmark, "quick_points", lambda ranks: [GroupShape(R=ranks)])
     benchmark.main(tmp_path, quick=True, wall=True, ranks=4)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["ep-4.json", "ep.json"]
-    assert (tmp_path / "ep.json").read_text() == "that of two"
-    result = json.loads((tmp_path / "ep-4.json").read_text())
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {*others, "ep-4-quick.json"}
+    assert [(tmp_path / other).read_text() for other in others] == others
+    result = json.loads((tmp_path / "ep-4-quick.json").read_text())
     rows = {row["op"]: row for row in result["rows"] if row["form"] == ""}
     assert {row["R"] for row in result["rows"]} == {4}
     dispatch = rows["dispatch"]

@@ -149,6 +149,7 @@ def test_ids_and_priorities_travel_in_one_call(name):
 
 
 def test_environment_for_tests(monkeypatch):
+    monkeypatch.delenv("JAX_MOE_EP_FORCE_STAGED", raising=False)
     assert attribute(lowered(make_mesh(2), AXIS)["group_combine"], "force_staged") == "false"
     monkeypatch.setenv("JAX_MOE_EP_FORCE_STAGED", "1")
     monkeypatch.setenv("JAX_MOE_EP_FORCE_VECTOR", "1")
