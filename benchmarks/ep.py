@@ -233,7 +233,8 @@ def main(
             "Start as many processes as ranks"
         )
     bench = make_bench(ranks, wall, peer_gbps)
-    name = result_name("ep", bench.mesh.size) + "-quick" * quick + "-ragged" * ragged_only
+    name = result_name("ep", bench.mesh.size)
+    name += "-ragged" if ragged_only else "-quick" * quick
     is_first = jax.process_index() == 0
     console = Console(width=180, quiet=not is_first)
     rate = copy_rate(bench, 1e6 if wall else 1e9)

@@ -192,6 +192,16 @@ def test_memory_of_the_gradient_of_dispatch():
     assert memory.one_process == control_bytes() + regions + region(MIB)
 
 
+@pytest.mark.parametrize(("num_tokens", "half_of_gradients"), [(2047, 8), (2048, 4)])
+def test_memory_of_parts_of_rows(num_tokens, half_of_gradients):
+    """K = 160, rows of 8 KB: with T = 2047, R = 2 in two parts, each with a table of 1.3 MB of dw
+    beside the weights' 2.6 MB. Landing is 16 MiB, without weights and with them; ids have
+    halves of 4."""
+    memory = ep.memory(ep.EpConfig(256, AXIS), num_tokens, 4096, 160, jnp.bfloat16, 2)
+    regions = {half_of_gradients, 4, 16, 32}
+    assert memory.one_process == control_bytes() + sum(region(half * MIB) for half in regions)
+
+
 def test_memory_grows_with_the_ranks():
     """R = 8: landing of 7 peers, 411 MB, in halves of 512 MiB; ids, 1 MiB. Priorities as much."""
     memory = ep.memory(ep.EpConfig(256, AXIS), 4096, 7168, 8, jnp.bfloat16, 8)
