@@ -43,7 +43,7 @@ template <typename T>
 __global__ void __launch_bounds__(kCombineThreads, kCombineBlocksPerSm)
     CombineKernel(const __grid_constant__ CombineParams<T> p) {
   int64_t vectors = p.hidden / Vec<T>::kSize;
-  int64_t tiles = (vectors + kCombineThreads - 1) / kCombineThreads;
+  int64_t tiles = CeilDiv(vectors, kCombineThreads);
   for (int64_t item = blockIdx.x; item < p.plan.num_tokens * tiles; item += gridDim.x) {
     int64_t token = item / tiles;
     int64_t index = item % tiles * kCombineThreads + threadIdx.x;
@@ -122,7 +122,7 @@ cudaError_t LaunchCombine(const RowsPlan& plan,
                             row_bytes / static_cast<int64_t>(sizeof(T))};
     // A block an item, for the hardware to balance; with a bound, what these SMs hold at once.
     int64_t vectors = params.hidden / Vec<T>::kSize;
-    int64_t items = plan.num_tokens * ((vectors + kCombineThreads - 1) / kCombineThreads);
+    int64_t items = plan.num_tokens * CeilDiv(vectors, kCombineThreads);
     int64_t most = limits.is_bounded ? limits.num_sms * kCombineBlocksPerSm : INT32_MAX;
     CombineKernel<T>
         <<<static_cast<int>(std::min(items, most)), kCombineThreads, 0, stream>>>(params);

@@ -59,7 +59,8 @@ __device__ bool Collect(const GroupBackwardParams<T>& p,
   int64_t end = min((chunk + 1) * kWarpChunk, p.num_weights());
   for (int64_t i = chunk * kWarpChunk + team.thread; i < end; i += kThreads) {
     float gradient = 0;
-    for (int64_t part = 0; p.owners[i] >= 0 && part < p.parts.count; ++part) {
+    int64_t num_parts = p.owners[i] >= 0 ? p.parts.count : 0;
+    for (int64_t part = 0; part < num_parts; ++part) {
       gradient += p.WeightGradients(p.group.rank, part, epoch)[i];
     }
     p.dweights[i] = gradient;

@@ -4,6 +4,7 @@
 #define JAX_MOE_EP_COMBINE_BACKWARD_GROUP_CUH_
 
 #include "combine_group.cuh"
+#include "row_parts.h"
 
 namespace jax_moe_ep {
 namespace {
@@ -17,23 +18,15 @@ struct Pull {
 };
 
 template <typename T>
-struct GroupBackwardParams {
-  GroupView group;
-  RegionLayout layout;
-  RowsPlan plan;
+struct GroupBackwardParams : GroupTokens {
   PullOrder order;
   RowParts parts;
-  const int32_t* owners;    // [T, K]
   const T* dout;            // [T, H]
   const T* y;               // [C, H]
-  const float* weights;     // [T, K]
   T* dy;                    // [C, H]
   float* dweights;          // [T, K]
-  int64_t hidden;           // H
   int64_t num_dout_chunks;  // to stage; 0: peers read dout where it is
-  bool has_few_weights;     // of peers, in words
 
-  __device__ int64_t num_weights() const { return plan.num_tokens * plan.top_k; }
   __device__ int64_t num_table_chunks() const { return NumWarpChunks(num_weights()); }
   __device__ int64_t num_staged_tables() const { return has_few_weights ? 0 : num_table_chunks(); }
   __device__ int64_t num_staged() const { return num_staged_tables() + num_dout_chunks; }
@@ -47,25 +40,15 @@ struct GroupBackwardParams {
     auto [token, part] = Divide(position, parts.count);
     order.Find(group.rank, group.num_ranks, token, &pull.source, &pull.token);
     pull.part = part;
-    pull.first_byte = part * parts.bytes;
-    pull.end_byte = min(pull.first_byte + parts.bytes, hidden * int64_t{sizeof(T)});
+    pull.first_byte = parts.Begin(part);
+    pull.end_byte = parts.End(part);
     return pull;
   }
 
-  // The rows of a token of rank `source` here, -1 elsewhere.
-  __device__ const int32_t* Slots(int source, int64_t token) const {
-    return plan.slots + (source * plan.num_tokens + token) * plan.top_k;
-  }
-  // Once the source is ready: its gradients [T, H], and the weights of a token.
+  // Rank `source`'s gradients [T, H], once it is ready.
   __device__ const T* Gradients(int source, uint64_t epoch) const {
     const char* own = reinterpret_cast<const char*>(dout);
     return reinterpret_cast<const T*>(TokensOf(group, epoch, source, own, layout.staging));
-  }
-  __device__ const float* Weights(int source, int64_t token, uint64_t epoch) const {
-    const float* table = source == group.rank
-                             ? weights
-                             : WeightTable(group, layout, plan, group.rank, source, epoch);
-    return table + token * plan.top_k;
   }
   // Weight gradients of a part [T, K], in rank `source`'s memory; and those of a pull's token
   // there.

@@ -1,4 +1,4 @@
-// combine's backward in a group with bulk copies: one half of the warps claims tokens and loads
+// combine's backward in a group with bulk copies: one half of the warps claims pulls and loads
 // their tiles, in the other half rows meet their gradient.
 
 #ifndef JAX_MOE_EP_COMBINE_BACKWARD_GROUP_BULK_CUH_
@@ -36,8 +36,8 @@ struct BackwardPull : Pull {
   uint32_t rows;  // a bit a k
 };
 
-// The warp that fills a ring. The claim of a pull, and the loads of its slots and weights, are
-// under way while the tiles of the one before are put.
+// The warp that fills a ring. The claim of a pull, and the load of its slots, are under way while
+// the tiles of the one before are put; only then it waits for the weights.
 template <typename T>
 class BackwardFeeder {
  public:
@@ -82,18 +82,11 @@ class BackwardFeeder {
     for (; position_ < p_.num_pulls(); Take()) {
       next_.rows = __ballot_sync(kAllLanes, next_.slot >= 0);
       if (next_.rows == 0) continue;
-      is_fine_ = ready_.Wait(p_.group, epoch_, next_.source) && LoadWeights();
+      is_fine_ = ready_.Wait(p_.group, epoch_, next_.source) &&
+                 p_.LoadWeights(next_.source, next_.token, epoch_, &next_.weight);
       return is_fine_;
     }
     return false;
-  }
-
-  __device__ bool LoadWeights() {
-    bool is_there = true;
-    if (lane() < p_.plan.top_k) {
-      is_there = LoadWeight(p_, epoch_, next_.source, next_.token, lane(), &next_.weight);
-    }
-    return !__any_sync(kAllLanes, !is_there);
   }
 
   // For some columns after others: the gradient's tile, then those of the rows in the order of k;

@@ -69,9 +69,9 @@ struct CombineBatch {
   }
 };
 
-// The claim of a piece, and the loads of what its first token needs, are under way while the tiles
-// of the piece before are put. It may wait for peers at any time: the other warp goes on with what
-// has been put.
+// The claim of a piece, and the loads of its first token's slots and owners, are under way while
+// the tiles of the piece before are put; only then it waits for the weights. It may wait for peers
+// at any time: the other warp goes on with what has been put.
 template <typename T>
 class CombineFeeder {
  public:
@@ -123,14 +123,9 @@ class CombineFeeder {
   }
 
   // Once its rank has sent them. False when a rank gave up.
-  __device__ bool LoadWeights(const CombineItem& item, int64_t token, CombineToken& loaded) {
-    if (p_.weights == nullptr) return true;
-    bool is_there = true;
-    if (lane() < p_.plan.top_k) {
-      int source = Peer(p_.group, item.offset);
-      is_there = LoadWeight(p_, epoch_, source, token, lane(), &loaded.weight);
-    }
-    return !p_.has_few_weights || !__any_sync(kAllLanes, !is_there);
+  __device__ bool LoadWeights(const CombineItem& item, int64_t token, CombineToken& loaded) const {
+    int source = Peer(p_.group, item.offset);
+    return p_.weights == nullptr || p_.LoadWeights(source, token, epoch_, &loaded.weight);
   }
 
   // The weights of the claim's first token. False without a claim, or when a rank gave up.
@@ -169,7 +164,7 @@ class CombineFeeder {
     uint32_t ranks = Ranks();
     if (IsPush() && ranks == 0) return false;
     CombineBatch batch(now_, ranks, me());
-    int64_t row_bytes = p_.pieces.row_bytes, start = token * row_bytes + piece_.first_byte;
+    int64_t row_bytes = p_.pieces.parts.row_bytes, start = token * row_bytes + piece_.first_byte;
     const char* row = reinterpret_cast<const char*>(p_.y) + piece_.first_byte;
     row += now_.slot * row_bytes;
     const char* partial = nullptr;

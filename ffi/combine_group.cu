@@ -198,7 +198,7 @@ cudaError_t LaunchGroupCombine(const GroupView& group,
     params.has_few_weights = has_weights && is_bulk && AreFewWeights(group, plan);
     if (params.has_few_weights) params.group = WithFewWeights(group);
     bool has_table = has_weights && !params.has_few_weights;
-    params.num_table_chunks = has_table ? NumWarpChunks(plan.num_tokens * plan.top_k) : 0;
+    params.num_table_chunks = has_table ? NumWarpChunks(params.num_weights()) : 0;
     if (is_bulk) {
       GroupCombineBulkKernel<T><<<limits.num_sms, kRingThreads, kRingBytes, stream>>>(params);
     } else {

@@ -15,23 +15,16 @@ constexpr int kMaxBulkTopK = kWarpSize;  // of the bulk paths: a lane a k
 // combine of one rank. Its work is cut into pieces: some columns of neighbouring tokens, each with
 // a flag of its own. All ranks cut alike.
 template <typename T>
-struct GroupCombineParams {
-  GroupView group;
-  RegionLayout layout;
-  RowsPlan plan;
-  const int32_t* owners;     // [T, K]
+struct GroupCombineParams : GroupTokens {
   const T* y;                // [C, H]
-  const float* weights;      // [T, K] or null
   T* out;                    // [T, H]
-  int64_t hidden;            // H
-  bool has_few_weights;      // of peers, in words
-  int64_t num_table_chunks;  // of weights to stage, else
+  int64_t num_table_chunks;  // of weights to stage
   CombinePieces pieces;
   CombineOrder order;
 
   // Pushes and sums, and what the peers are told.
   __device__ int64_t num_items() const {
-    int64_t num_sent = has_few_weights ? NumWarpChunks(plan.num_tokens * plan.top_k) : 0;
+    int64_t num_sent = has_few_weights ? NumWarpChunks(num_weights()) : 0;
     return order.size() + 1 + num_sent;
   }
 
@@ -40,18 +33,6 @@ struct GroupCombineParams {
     int64_t place = sender < receiver ? sender : sender - 1;  // nothing lands from oneself
     char* landing = Half(group, receiver, epoch) + layout.landing;
     return reinterpret_cast<T*>(landing) + place * plan.num_tokens * hidden;
-  }
-
-  // The rows of a token of rank `source` here, -1 elsewhere, and its weights.
-  __device__ const int32_t* Slots(int source, int64_t token) const {
-    return plan.slots + (source * plan.num_tokens + token) * plan.top_k;
-  }
-  __device__ const float* Weights(int source, int64_t token, uint64_t epoch) const {
-    if (weights == nullptr) return nullptr;
-    const float* table = source == group.rank
-                             ? weights
-                             : WeightTable(group, layout, plan, group.rank, source, epoch);
-    return table + token * plan.top_k;
   }
 
   // In rank `at`'s memory: raised by rank `sender` when its partials of the piece are there.

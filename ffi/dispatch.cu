@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(kInGroup ? kGroupVectorThreads : kVectorThread
   if (epoch != kAborted) {
     if constexpr (kInGroup) {
       items.epoch = epoch;
-      if (p.num_chunks > 0) begun.num_told = StageX(p, epoch);
+      begun.num_told += StageX(p, epoch);
     }
     int64_t count = 0, num_items = NumItems<kInGroup>(p);
     for (int64_t item; (item = items.Next()) < num_items; ++count) {
@@ -82,11 +82,10 @@ DispatchParams Params(const RowsPlan& plan, const void* x, void* rows, int64_t r
 
 // Cuts the rows into tiles of equal size.
 void SetTiles(int64_t max_tile_bytes, DispatchParams* params) {
-  int64_t tiles = (params->row_bytes + max_tile_bytes - 1) / max_tile_bytes;
+  int64_t tiles = CeilDiv(params->row_bytes, max_tile_bytes);
   int64_t vectors = params->row_bytes / kVecBytes;
-  params->tile_bytes = static_cast<int>((vectors + tiles - 1) / tiles * kVecBytes);
-  params->num_tiles =
-      static_cast<int>((params->row_bytes + params->tile_bytes - 1) / params->tile_bytes);
+  params->tile_bytes = static_cast<int>(CeilDiv(vectors, tiles) * kVecBytes);
+  params->num_tiles = static_cast<int>(CeilDiv(params->row_bytes, params->tile_bytes));
 }
 
 int64_t NumStagedChunks(const DispatchParams& params, int64_t chunk_bytes) {

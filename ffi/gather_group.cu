@@ -212,7 +212,7 @@ cudaError_t LaunchGroupGather(const GroupView& group,
     using Unit = decltype(unit);
     GatherParams<Unit> params = MakeGatherParams<Unit>(group, layout, arrays);
     int64_t work = params.num_chunks() + params.num_items();
-    int64_t wanted = work <= kWarps * kChunksPerWarp ? 1 : (work + kWarps - 1) / kWarps;
+    int64_t wanted = work <= kWarps * kChunksPerWarp ? 1 : CeilDiv(work, kWarps);
     int blocks = static_cast<int>(std::min<int64_t>({wanted, max_blocks, kMaxBlocks}));
     if (blocks == 1) {
       GroupGatherKernel<Unit, true><<<1, kThreads, 0, stream>>>(params);

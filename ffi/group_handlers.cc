@@ -224,6 +224,11 @@ ffi::Error CombineBackwardImpl(cudaStream_t stream,
                                       group_starts,
                                       RowBytes(y),
                                       &call));
+  if (RowBytes(y) != attributes.row_bytes) {  // shorter ones may have more parts
+    return ffi::Error::InvalidArgument(
+        std::string(kBackward) + ": rows have " + std::to_string(RowBytes(y)) +
+        " bytes, not row_bytes=" + std::to_string(attributes.row_bytes));
+  }
   int64_t num_tokens = call.plan.num_tokens, top_k = call.plan.top_k;
   FloatType type;
   JAX_MOE_EP_RETURN_IF_ERROR(GetFloatType(kBackward, y, &type));

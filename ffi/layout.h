@@ -13,6 +13,8 @@
 #include <cstdint>
 #include <initializer_list>
 
+#include "divide.h"
+#include "host_device.h"
 #include "row_parts.h"
 
 namespace jax_moe_ep {
@@ -90,7 +92,7 @@ struct LaunchState {
   uint64_t staging;   // chunks to stage claimed
   uint64_t staged;    // and done
   uint64_t claims;    // items claimed
-  uint64_t pulled;    // items with a token done, where others come after them
+  uint64_t pulled;    // pulls done, where other items come after them
   uint64_t done;      // items done
 };
 inline constexpr uint64_t kAborted = ~uint64_t{0};
@@ -135,11 +137,11 @@ struct GroupView {
 
 // What cudaMalloc and cudaIpc deal in.
 inline int64_t RoundToAllocation(int64_t bytes) {
-  return (bytes + kAllocationBytes - 1) / kAllocationBytes * kAllocationBytes;
+  return CeilDiv(bytes, kAllocationBytes) * kAllocationBytes;
 }
 
 JAX_MOE_EP_HOST_DEVICE inline int64_t AlignPart(int64_t bytes) {
-  return (bytes + kPartAlignment - 1) / kPartAlignment * kPartAlignment;
+  return CeilDiv(bytes, kPartAlignment) * kPartAlignment;
 }
 
 // The parts of one half of a region for one call. Offsets in bytes.

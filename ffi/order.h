@@ -7,7 +7,9 @@
 #include <cstdint>
 
 #include "divide.h"
+#include "host_device.h"
 #include "layout.h"
+#include "row_parts.h"
 
 namespace jax_moe_ep {
 
@@ -55,7 +57,6 @@ struct Piece {
 // neighbouring tokens. Short batches have many parts, long ones long runs. The same on all ranks.
 struct CombinePieces {
   int64_t num_tokens;
-  int64_t row_bytes;
   RowParts parts;
   int64_t run_tokens;
 
@@ -67,7 +68,6 @@ struct CombinePieces {
   CombinePieces() = default;
   JAX_MOE_EP_HOST_DEVICE CombinePieces(int64_t num_tokens, int64_t row_bytes, bool has_few_sms)
       : num_tokens(num_tokens),
-        row_bytes(row_bytes),
         parts(num_tokens, row_bytes, has_few_sms ? kEnoughForFew : kEnough) {
     run_tokens = CeilDiv(num_tokens * parts.count, kMaxPieces);
     if (run_tokens == 0) run_tokens = 1;
@@ -79,13 +79,9 @@ struct CombinePieces {
 
   JAX_MOE_EP_HOST_DEVICE Piece At(int64_t piece) const {
     auto [run, part] = Divide(piece, parts.count);
-    int64_t token = run * run_tokens, byte = part * parts.bytes;
-    return {
-        token, Least(token + run_tokens, num_tokens), byte, Least(byte + parts.bytes, row_bytes)};
+    int64_t token = run * run_tokens, end = token + run_tokens;
+    return {token, end < num_tokens ? end : num_tokens, parts.Begin(part), parts.End(part)};
   }
-
- private:
-  JAX_MOE_EP_HOST_DEVICE static int64_t Least(int64_t a, int64_t b) { return a < b ? a : b; }
 };
 
 // A push: partials of a piece of the peer `offset` places behind; or, with offset 0, the sums of an

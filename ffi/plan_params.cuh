@@ -3,6 +3,7 @@
 #ifndef JAX_MOE_EP_PLAN_PARAMS_CUH_
 #define JAX_MOE_EP_PLAN_PARAMS_CUH_
 
+#include "divide.h"
 #include "plan.h"
 #include "rows.cuh"
 

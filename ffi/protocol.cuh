@@ -187,7 +187,7 @@ struct WarpClaims {
 inline constexpr int64_t kChunkBytes = 16 * 1024;
 
 inline int64_t NumChunks(int64_t bytes, int64_t chunk_bytes = kChunkBytes) {
-  return (bytes + chunk_bytes - 1) / chunk_bytes;
+  return CeilDiv(bytes, chunk_bytes);
 }
 
 __device__ inline void CopyChunk(const uint4* from, uint4* to, int64_t chunk, int64_t num_vectors) {
@@ -221,7 +221,7 @@ __device__ inline int CompleteStaging(const GroupView& group,
 }
 
 // Every warp: copy(chunk) for chunks that are claimed until all are; then the peers are told, and
-// the lane that did gets 1. Without chunks there is nothing to tell.
+// the lane that did gets 1. Without chunks Begin has told them.
 template <typename Copy>
 __device__ int Stage(const GroupView& group, uint64_t epoch, int64_t num_chunks, Copy copy) {
   if (num_chunks == 0) return 0;

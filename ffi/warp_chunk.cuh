@@ -11,7 +11,7 @@ inline constexpr int kUnitsPerLane = 4;
 inline constexpr int kWarpChunk = kUnitsPerLane * kWarpSize;  // units
 
 __host__ __device__ inline int64_t NumWarpChunks(int64_t num_units) {
-  return (num_units + kWarpChunk - 1) / kWarpChunk;
+  return CeilDiv(num_units, kWarpChunk);
 }
 
 // Chunk `number` of an array. All of its loads are under way before the first store: a loop that

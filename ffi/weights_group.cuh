@@ -129,17 +129,46 @@ __device__ inline bool ReceiveWeight(const GroupView& group,
       group, epoch, source, words.At(pair, 2), [&] { return ReadWeight(pair, words, weight); });
 }
 
-// One thread: weight k of a token of rank `source`, by the params of an op that has weights; the
-// source must be ready, unless few weights cross in words. False as ReceiveWeight.
-template <typename Params>
-__device__ bool LoadWeight(
-    const Params& p, uint64_t epoch, int source, int64_t token, int k, float* weight) {
-  if (p.has_few_weights && source != p.group.rank) {
-    return ReceiveWeight(p.group, p.plan, epoch, source, token * p.plan.top_k + k, weight);
+// What combine and its backward have of the tokens of all ranks.
+struct GroupTokens {
+  GroupView group;
+  RegionLayout layout;
+  RowsPlan plan;
+  const int32_t* owners;  // [T, K]
+  const float* weights;   // [T, K]; combine: or null
+  int64_t hidden;         // H
+  bool has_few_weights;   // of peers, in words
+
+  __host__ __device__ int64_t num_weights() const { return plan.num_tokens * plan.top_k; }
+
+  // The rows of a token of rank `source` here, -1 elsewhere, and its weights, which are here or
+  // staged.
+  __device__ const int32_t* Slots(int source, int64_t token) const {
+    return plan.slots + (source * plan.num_tokens + token) * plan.top_k;
   }
-  *weight = p.Weights(source, token, epoch)[k];
-  return true;
-}
+  __device__ const float* Weights(int source, int64_t token, uint64_t epoch) const {
+    if (weights == nullptr) return nullptr;
+    const float* table = source == group.rank
+                             ? weights
+                             : WeightTable(group, layout, plan, group.rank, source, epoch);
+    return table + token * plan.top_k;
+  }
+
+  // A warp: the weight of k = lane. The source must be ready, unless few weights cross in words.
+  // False as ReceiveWeight, the same in all lanes.
+  __device__ bool LoadWeights(int source, int64_t token, uint64_t epoch, float* weight) const {
+    int lane = threadIdx.x % kWarpSize;
+    bool is_there = true;
+    if (!has_few_weights || source == group.rank) {
+      if (lane < plan.top_k) *weight = Weights(source, token, epoch)[lane];
+      return true;
+    }
+    if (lane < plan.top_k) {
+      is_there = ReceiveWeight(group, plan, epoch, source, token * plan.top_k + lane, weight);
+    }
+    return !__any_sync(kAllLanes, !is_there);
+  }
+};
 
 }  // namespace
 }  // namespace jax_moe_ep

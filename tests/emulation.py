@@ -44,12 +44,13 @@ def as_call(launch):
 
 # The bulk path too, which nvcc compiles for new devices alone, with an array for its tiles. Fewer
 # flags and pieces, so that a few tokens have pieces of several tokens and of several tiles; fewer
-# few weights, so that some tokens have many.
+# pulls, so that they have parts of several sizes; fewer few weights, so that some tokens have many.
 ON_HOST = {
     "#if __CUDA_ARCH__ >= 900": "#if 1",
     "extern __shared__ __align__(128) char tiles[]": "static char tiles[1 << 18]",
     "kMaxPieces = 16 * 1024": "kMaxPieces = 16",
     "kEnough = 8192": "kEnough = 8",
+    "kEnoughPulls = 4096": "kEnoughPulls = 96",
     "kMaxFewWeights = kMaxFewWords / 2": "kMaxFewWeights = 300",
 }
 

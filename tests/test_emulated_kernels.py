@@ -21,7 +21,8 @@ CASES = {
     "more_k_than_at_once": Case(T=2, K=11, E=16, R=2, H=16),
     "more_k_than_lanes": Case(T=2, K=40, E=64, R=2, H=16),  # the vector path of combine serves it
     "several_tiles": Case(T=5, K=3, E=8, R=2, A=4, H=1300),
-    "three_parts": Case(T=3, K=3, E=8, R=2, A=4, H=3000),  # of a row
+    "three_parts": Case(T=3, K=3, E=8, R=2, A=4, H=3000),  # of a row, 4 KB each
+    "parts_of_8_kb": Case(T=24, K=6, E=8, R=2, A=4, H=2100),  # two, and two chunks of dweights
     "whole_tiles": Case(T=3, K=3, E=8, R=2, A=4, H=1024),
     "several_chunks": Case(T=20, K=2, E=8, R=2, A=4, H=256),  # of 16 KB, to stage
     "chunks_of_few_weights": Case(T=50, K=3, E=8, R=2, A=4, H=16),  # two a rank
@@ -32,7 +33,7 @@ CASES = {
 # The vector path for some: it has no tiles.
 PATHS = [(name, True) for name in CASES]
 PATHS += [(name, False) for name in ("two_ranks", "four_ranks", "eight_ranks", "several_tiles")]
-PATHS += [("three_parts", False)]
+PATHS += [("three_parts", False), ("parts_of_8_kb", False)]
 each_path = pytest.mark.parametrize(("name", "has_bulk_copy"), PATHS)
 each_way = pytest.mark.parametrize("reading", ["in_place", "staged", "mixed"])
 

@@ -178,7 +178,7 @@ def test_more_tokens_than_flags():
 
 @pytest.mark.parametrize("more", [0, 1], ids=["words", "table"])
 def test_as_many_weights_as_words(more):
-    """R * T * K = 2^17 cross in words; with more a table of them is staged."""
+    """R * T * K = 2^17 cross in words, one more a token and rank in a table that is staged."""
     check_layer(Case(T=2**17 // (4 * R) + more, K=4, E=16, R=R, H=8))
 
 

@@ -216,6 +216,7 @@ def test_memory_of_nothing():
     config = ep.EpConfig(8, AXIS)
     assert ep.memory(config, 64, 64, 2, "float32", 1) == ep.ArenaBytes(0, 0)
     assert ep.memory(config, 0, 64, 2, "float32", 2) == ep.ArenaBytes(0, 0)
+    assert ep.memory(config, 64, 0, 2, "float32", 2) == ep.memory(config, 1, 8, 2, "float32", 2)
     reference = ep.EpConfig(8, AXIS, implementation="reference")
     assert ep.memory(reference, 64, 64, 2, "float32", 2) == ep.ArenaBytes(0, 0)
 

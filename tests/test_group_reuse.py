@@ -10,6 +10,7 @@ import pytest
 from groups import (
     BASE,
     LONG_DELAY_NS,
+    MANY_WEIGHTS,
     R,
     cuda_config,
     layer_of,
@@ -87,13 +88,12 @@ def test_tokens_that_are_written_late_are_waited_for():
 
 
 @pytest.mark.parametrize("maker", ["uniform", "one_rank"])
-@pytest.mark.parametrize("num_tokens", [BASE.T, 1100], ids=["few", "many"])
+@pytest.mark.parametrize("case", [BASE, MANY_WEIGHTS], ids=["few", "many"])
 @each_late
-def test_changing_weights_and_gradients(late, num_tokens, maker):
+def test_changing_weights_and_gradients(late, case, maker):
     """Edges 1, 2, 6 and 7: weights and dout of this step, partials and weight gradients of all
     ranks, although a rank is late whose memory still holds those of the last steps. Many weights
     cross in tables."""
-    case = dataclasses.replace(BASE, T=num_tokens)
     check_steps(group_steps.combine_steps, case, make_ids(maker, case), late=late)
 
 
@@ -101,7 +101,8 @@ def test_changing_weights_and_gradients(late, num_tokens, maker):
 def test_calls_that_use_one_half_for_different_things(late):
     """Edge 5. The last rank stages its tokens where the weights of a combine two calls later lie,
     which the others write without waiting for that rank."""
-    check_steps(group_steps.mixed_steps, BASE, make_ids("one_rank", BASE), late=late)
+    case = MANY_WEIGHTS
+    check_steps(group_steps.mixed_steps, case, make_ids("one_rank", case), late=late)
 
 
 @pytest.mark.parametrize("num_tokens", [3, 64, 8192])

@@ -64,7 +64,7 @@ def test_every_piece_is_pushed_to_each_peer_and_summed_once(order, num_ranks, nu
         assert all((offset, u) in before for offset in range(1, num_ranks))
 
 
-MAX_PIECES, TILE = 16 * 1024, 2048  # of ffi/layout.h and order.h
+MAX_PIECES, PART = 16 * 1024, 4096  # of ffi/layout.h and row_parts.h
 
 
 def pieces(order, num_tokens, row_bytes, has_few_sms):
@@ -74,10 +74,10 @@ def pieces(order, num_tokens, row_bytes, has_few_sms):
 
 
 @pytest.mark.parametrize("has_few_sms", [False, True])
-@pytest.mark.parametrize("row_bytes", [16, 2048, 2064, 14336, 28672, 200_000])
+@pytest.mark.parametrize("row_bytes", [16, 4096, 4112, 14336, 28672, 200_000])
 @pytest.mark.parametrize("num_tokens", [1, 2, 128, 129, 1024, 1025, 4096, 13_000, 40_000])
 def test_pieces_are_all_columns_of_all_tokens_once(order, num_tokens, row_bytes, has_few_sms):
-    """Each has a flag, and parts of rows begin where tiles do."""
+    """Each has a flag, and parts of rows are whole multiples of the least one, but the last."""
     found = pieces(order, num_tokens, row_bytes, has_few_sms)
     assert 1 <= len(found) <= MAX_PIECES
     token, end, byte = 0, 0, row_bytes  # of the piece before
@@ -87,7 +87,7 @@ def test_pieces_are_all_columns_of_all_tokens_once(order, num_tokens, row_bytes,
         assert first_byte == (0 if new_run else byte)
         assert first_token < end_token <= num_tokens
         assert first_byte < end_byte <= row_bytes
-        assert first_byte % TILE == 0
+        assert first_byte % PART == 0
         token, end, byte = first_token, end_token, end_byte
     assert (end, byte) == (num_tokens, row_bytes)
 
