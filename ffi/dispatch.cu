@@ -88,8 +88,10 @@ void SetTiles(int64_t max_tile_bytes, DispatchParams* params) {
   params->num_tiles = static_cast<int>(CeilDiv(params->row_bytes, params->tile_bytes));
 }
 
+template <bool kInGroup>
 int64_t NumStagedChunks(const DispatchParams& params, int64_t chunk_bytes) {
-  return params.must_stage ? NumChunks(params.plan.num_tokens * params.row_bytes, chunk_bytes) : 0;
+  if (!kInGroup || params.group.is_read_in_place()) return 0;
+  return NumChunks(params.plan.num_tokens * params.row_bytes, chunk_bytes);
 }
 
 // Threads and blocks an SM of the vector path differ in a group.
@@ -97,13 +99,13 @@ template <bool kInGroup>
 cudaError_t Launch(const LaunchLimits& limits, DispatchParams& params, cudaStream_t stream) {
   if (limits.has_bulk_copy) {
     SetTiles(kMaxTileBytes, &params);
-    params.num_chunks = NumStagedChunks(params, params.tile_bytes);
+    params.num_chunks = NumStagedChunks<kInGroup>(params, params.tile_bytes);
     int shared_bytes = (kMoveWarps * kStages + 1) * params.tile_bytes;
     DispatchBulkKernel<kInGroup>
         <<<limits.num_sms, kMoveWarps * kWarpSize, shared_bytes, stream>>>(params);
   } else {
     SetTiles(kVectorsPerLane * kWarpSize * kVecBytes, &params);
-    params.num_chunks = NumStagedChunks(params, kChunkBytes);
+    params.num_chunks = NumStagedChunks<kInGroup>(params, kChunkBytes);
     int blocks = limits.num_sms * (kInGroup ? 1 : kVectorBlocksPerSm);
     DispatchVectorKernel<kInGroup>
         <<<blocks, kInGroup ? kGroupVectorThreads : kVectorThreads, 0, stream>>>(params);
@@ -143,7 +145,6 @@ cudaError_t LaunchGroupDispatch(const GroupView& group,
   params.group = group;
   params.order = {plan.num_tokens, std::min(plan.num_tokens, kLead)};
   params.staging_offset = layout.staging;
-  params.must_stage = !group.is_read_in_place();
   return Launch<true>(limits, params, stream);
 }
 

@@ -21,8 +21,7 @@ struct DispatchParams {
   GroupView group;
   PullOrder order;
   int64_t staging_offset;  // of x in a half of a region, unless peers read it where it is
-  bool must_stage;
-  int64_t num_chunks;  // to stage: tiles with bulk copies, else of kChunkBytes
+  int64_t num_chunks;      // to stage: tiles with bulk copies, else of kChunkBytes
 };
 
 template <bool kInGroup>
