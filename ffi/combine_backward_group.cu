@@ -89,7 +89,7 @@ __global__ void __launch_bounds__(kTeams* kThreads, 1)
     const BackwardTeam team;
     TeamItems<BackwardTeam> items(p.group, team, &claims[team.id]);
     TeamReady<BackwardTeam> ready;
-    int64_t pulls = 0, chunks = 0, num_items = p.num_pulls() + p.num_table_chunks();
+    int64_t pulls = 0, chunks = 0, num_items = p.num_pulls() + p.num_weight_chunks();
     int64_t item = items.Next();
     bool goes_on = true;
     for (; goes_on && item < p.num_pulls(); item = items.Next(), ++pulls) {
@@ -135,24 +135,19 @@ cudaError_t LaunchGroupCombineBackward(const GroupView& group,
                                        cudaStream_t stream) {
   return WithType(arrays.type, [&](auto zero) {
     using T = decltype(zero);
+    bool is_bulk = limits.has_bulk_copy && plan.top_k <= kMaxBulkTopK;
+    int64_t hidden = arrays.row_bytes / static_cast<int64_t>(sizeof(T));
     GroupBackwardParams<T> params{};
-    params.group = group;
-    params.layout = layout;
-    params.plan = plan;
+    static_cast<GroupTokens&>(params) =
+        MakeGroupTokens(group, layout, plan, arrays.owners, arrays.weights, hidden, is_bulk);
     params.order = {plan.num_tokens, std::min(plan.num_tokens, kLead)};
     params.parts = PullParts(group.num_ranks, plan.num_tokens, arrays.row_bytes);
-    params.owners = arrays.owners;
     params.dout = static_cast<const T*>(arrays.dout);
     params.y = static_cast<const T*>(arrays.y);
-    params.weights = arrays.weights;
     params.dy = static_cast<T*>(arrays.dy);
     params.dweights = arrays.dweights;
-    params.hidden = arrays.row_bytes / static_cast<int64_t>(sizeof(T));
     params.num_dout_chunks =
         group.is_read_in_place() ? 0 : NumChunks(plan.num_tokens * arrays.row_bytes);
-    bool is_bulk = limits.has_bulk_copy && plan.top_k <= kMaxBulkTopK;
-    params.has_few_weights = is_bulk && AreFewWeights(group, plan);
-    if (params.has_few_weights) params.group = WithFewWeights(group);
     if (is_bulk) {
       GroupCombineBackwardBulkKernel<T>
           <<<limits.num_sms, kRingThreads, kRingBytes, stream>>>(params);

@@ -27,13 +27,9 @@ struct GroupBackwardParams : GroupTokens {
   float* dweights;          // [T, K]
   int64_t num_dout_chunks;  // to stage; 0: peers read dout where it is
 
-  __device__ int64_t num_table_chunks() const { return NumWarpChunks(num_weights()); }
-  __device__ int64_t num_staged_tables() const { return has_few_weights ? 0 : num_table_chunks(); }
-  __device__ int64_t num_staged() const { return num_staged_tables() + num_dout_chunks; }
+  __device__ int64_t num_staged() const { return num_staged_weights() + num_dout_chunks; }
   // That end the call: chunks of dweights, and what the peers are told.
-  __device__ int64_t num_last_items() const {
-    return num_table_chunks() + 1 + (has_few_weights ? num_table_chunks() : 0);
-  }
+  __device__ int64_t num_last_items() const { return num_weight_chunks() + 1 + num_sent_weights(); }
   __device__ int64_t num_pulls() const { return order.size(group.num_ranks) * parts.count; }
   __device__ Pull PullAt(int64_t position) const {
     Pull pull;
@@ -67,11 +63,11 @@ __device__ int StageGradients(const GroupBackwardParams<T>& p, uint64_t epoch) {
   uint4* to = reinterpret_cast<uint4*>(Half(p.group, p.group.rank, epoch) + p.layout.staging);
   int64_t vectors = p.plan.num_tokens * (p.hidden / Vec<T>::kSize);
   return Stage(p.group, epoch, p.num_staged(), [&](int64_t chunk) {
-    if (chunk < p.num_staged_tables()) {
-      PushWeights(p.group, p.layout, p.plan, p.weights, epoch, chunk);
+    if (chunk < p.num_staged_weights()) {
+      p.PushWeights(epoch, chunk);
     } else {
       const uint4* from = reinterpret_cast<const uint4*>(p.dout);
-      CopyChunk(from, to, chunk - p.num_staged_tables(), vectors);
+      CopyChunk(from, to, chunk - p.num_staged_weights(), vectors);
     }
   });
 }

@@ -263,7 +263,7 @@ __global__ void __launch_bounds__(kRingThreads, 1)
   __shared__ BackwardRings rings;
   __shared__ uint4 zeros[kTileBytes / kVecBytes];
   __shared__ BlockCall call;
-  FewWeightsSender weights(p.group, p.plan, p.weights, p.has_few_weights && SendsWeights());
+  FewWeightsSender weights(p, SendsWeights());
   if (FillsRing()) {
     for (int i = threadIdx.x - kRingThreads / 2; i < kTileBytes / kVecBytes;
          i += kRingThreads / 2) {
@@ -280,7 +280,7 @@ __global__ void __launch_bounds__(kRingThreads, 1)
       WarpClaims claims(p.group);
       BackwardWriter ring(tiles, rings);
       int64_t position = BackwardFeeder<T>(p, ring, claims, epoch).Feed();
-      int64_t chunks = 0, num_items = p.num_pulls() + p.num_table_chunks();
+      int64_t chunks = 0, num_items = p.num_pulls() + p.num_weight_chunks();
       for (; position < num_items; position = claims.Next(), ++chunks) {
         if (!CollectByWarp(p, epoch, position - p.num_pulls())) break;
       }

@@ -140,7 +140,7 @@ __global__ void __launch_bounds__(kTeams* kThreads, 1)
     GroupCombineKernel(const __grid_constant__ GroupCombineParams<T> p) {
   __shared__ BlockCall call;
   __shared__ int64_t claims[kTeams];
-  Begun begun = Begin(p.group, p.num_table_chunks > 0, call);
+  Begun begun = Begin(p.group, p.num_staged_weights() > 0, call);
   uint64_t epoch = begun.epoch;
   if (epoch != kAborted) {
     int64_t num_done = begun.num_told + StageWeights(p, epoch);
@@ -181,24 +181,16 @@ cudaError_t LaunchGroupCombine(const GroupView& group,
                                cudaStream_t stream) {
   return WithType(arrays.type, [&](auto zero) {
     using T = decltype(zero);
-    GroupCombineParams<T> params{};
-    params.group = group;
-    params.layout = layout;
-    params.plan = plan;
-    params.owners = arrays.owners;
-    params.y = static_cast<const T*>(arrays.y);
-    params.weights = arrays.weights;
-    params.out = static_cast<T*>(arrays.out);
-    params.hidden = arrays.row_bytes / static_cast<int64_t>(sizeof(T));
-    params.pieces = CombinePieces(plan.num_tokens, arrays.row_bytes, arrays.has_few_sms);
     bool is_bulk = limits.has_bulk_copy && plan.top_k <= kMaxBulkTopK;
+    int64_t hidden = arrays.row_bytes / static_cast<int64_t>(sizeof(T));
+    GroupCombineParams<T> params{};
+    static_cast<GroupTokens&>(params) =
+        MakeGroupTokens(group, layout, plan, arrays.owners, arrays.weights, hidden, is_bulk);
+    params.y = static_cast<const T*>(arrays.y);
+    params.out = static_cast<T*>(arrays.out);
+    params.pieces = CombinePieces(plan.num_tokens, arrays.row_bytes, arrays.has_few_sms);
     int64_t ahead = std::min(params.pieces.size(), kPiecesAhead);
     params.order = {group.num_ranks, params.pieces.size(), ahead};
-    bool has_weights = arrays.weights != nullptr;
-    params.has_few_weights = has_weights && is_bulk && AreFewWeights(group, plan);
-    if (params.has_few_weights) params.group = WithFewWeights(group);
-    bool has_table = has_weights && !params.has_few_weights;
-    params.num_table_chunks = has_table ? NumWarpChunks(params.num_weights()) : 0;
     if (is_bulk) {
       GroupCombineBulkKernel<T><<<limits.num_sms, kRingThreads, kRingBytes, stream>>>(params);
     } else {

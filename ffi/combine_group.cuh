@@ -16,17 +16,13 @@ constexpr int kMaxBulkTopK = kWarpSize;  // of the bulk paths: a lane a k
 // a flag of its own. All ranks cut alike.
 template <typename T>
 struct GroupCombineParams : GroupTokens {
-  const T* y;                // [C, H]
-  T* out;                    // [T, H]
-  int64_t num_table_chunks;  // of weights to stage
+  const T* y;  // [C, H]
+  T* out;      // [T, H]
   CombinePieces pieces;
   CombineOrder order;
 
   // Pushes and sums, and what the peers are told.
-  __device__ int64_t num_items() const {
-    int64_t num_sent = has_few_weights ? NumWarpChunks(num_weights()) : 0;
-    return order.size() + 1 + num_sent;
-  }
+  __device__ int64_t num_items() const { return order.size() + 1 + num_sent_weights(); }
 
   // Where rank `sender`'s partials [T, H] of rank `receiver`'s tokens land.
   __device__ T* Landing(int receiver, int sender, uint64_t epoch) const {
@@ -44,9 +40,8 @@ struct GroupCombineParams : GroupTokens {
 // Weights that do not cross in words. 1 for the lane that has told the peers.
 template <typename T>
 __device__ int StageWeights(const GroupCombineParams<T>& p, uint64_t epoch) {
-  return Stage(p.group, epoch, p.num_table_chunks, [&](int64_t chunk) {
-    PushWeights(p.group, p.layout, p.plan, p.weights, epoch, chunk);
-  });
+  return Stage(
+      p.group, epoch, p.num_staged_weights(), [&](int64_t chunk) { p.PushWeights(epoch, chunk); });
 }
 
 // A team's claims. The next one is asked for before the work on this one.

@@ -110,9 +110,9 @@ __global__ void __launch_bounds__(kRingThreads, 1)
   extern __shared__ __align__(128) char tiles[];
   __shared__ CombineRings rings;
   __shared__ BlockCall call;
-  FewWeightsSender weights(p.group, p.plan, p.weights, p.has_few_weights && SendsWeights());
+  FewWeightsSender weights(p, SendsWeights());
   rings.Init();
-  Begun begun = Begin(p.group, p.num_table_chunks > 0, call);
+  Begun begun = Begin(p.group, p.num_staged_weights() > 0, call);
   uint64_t epoch = begun.epoch;
   bool is_last = false;
   if (epoch != kAborted) {

@@ -52,7 +52,7 @@ __device__ bool Read(const GroupPlanParams& p, uint64_t epoch, SmallItems& items
 static __device__ __noinline__ bool WaitLongForIds(
     const GroupPlanParams& p, uint64_t epoch, int source, int64_t index, int64_t end) {
   const uint64_t* first = &OwnControl(p.group)->few_words[epoch & 1][index];
-  int count = static_cast<int>(end - index + kWarpSize - 1) / kWarpSize;
+  int count = static_cast<int>(CeilDiv(end - index, kWarpSize));
   AwaitedWords words = IdWords(p.group, epoch).At(first, count, kWarpSize);
   return WaitLongForWords(p.group, epoch, source, words);
 }
