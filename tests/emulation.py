@@ -17,6 +17,7 @@ import sys
 import ml_dtypes
 import numpy as np
 import oracle
+from helpers import make_floats
 from native_build import FFI, NATIVE, build
 
 EMULATED = NATIVE / "emulated"
@@ -143,6 +144,19 @@ def job_of_rows(case, op, way, **arrays):
     return job, arrays | {name: plan[name] for name in names}
 
 
+def job_of_gather(R, T, K, row_bytes, **arrays):
+    unused = ("type", "num_groups", "alignment", "capacity", "zero_tail")
+    return {
+        **dict.fromkeys(unused, 0),
+        "op": OPS["gather"],
+        "num_ranks": R,
+        "has_weights": int("weights" in arrays),
+        "num_tokens": T,
+        "top_k": K,
+        "row_bytes": row_bytes,
+    }
+
+
 def repeat(library, folder, job, way, **arrays):
     """The calls of a job, none of which fails."""
     arrays, failures = run_to_the_end(library, folder, job, way, **arrays)
@@ -186,3 +200,17 @@ def run_to_the_end(library, folder, job, way, **arrays):
 def ruined(*shape, dtype=np.float32):
     """What a result holds before it is written."""
     return np.full(shape, -77, np.int8).view(np.uint8).astype(dtype)
+
+
+def row_shape(case):
+    return case.R, oracle.capacity(case), case.H
+
+
+def make_experts(case, plan, dtype):
+    """Rows with NaN in padding and tail, weights with NaN at places without a row."""
+    y = make_floats(*row_shape(case), dtype=dtype)
+    y[oracle.row_sources(case, plan["slots"]) < 0] = np.nan
+    weights = np.where(
+        plan["owners"] < 0, np.float32(np.nan), make_floats(case.R, case.T, case.K, seed=1)
+    )
+    return y, weights.astype(np.float32)

@@ -34,8 +34,9 @@ GPUS = DEVICES[:R]
 needs_gpus = pytest.mark.skipif(not ON_GPUS or len(GPUS) < R, reason="needs two GPUs")
 
 BASE = Case(T=64, K=4, E=16, R=R, A=8, H=256)
-# More weights than words: they cross in tables. Rows of 256 bytes.
-MANY_WEIGHTS = dataclasses.replace(BASE, T=2**17 // (BASE.K * R) + 76, H=64)
+MAX_FEW_WEIGHTS = 2**17  # of all ranks, in words: ffi/weights_group.cuh
+# More of them: they cross in tables. Rows of 256 bytes.
+MANY_WEIGHTS = dataclasses.replace(BASE, T=MAX_FEW_WEIGHTS // (BASE.K * R) + 76, H=64)
 TIMEOUT_S = 20.0  # a hang is an error that says who waits
 DELAY_NS = 200_000
 # Longer than any rank needs from one call to the next two, the host's part included.

@@ -12,6 +12,7 @@ from groups import (
     BASE,
     GPUS,
     LONG_DELAY_NS,
+    MAX_FEW_WEIGHTS,
     R,
     assert_layer_right,
     check_layer,
@@ -178,8 +179,8 @@ def test_more_tokens_than_flags():
 
 @pytest.mark.parametrize("more", [0, 1], ids=["words", "table"])
 def test_as_many_weights_as_words(more):
-    """R * T * K = 2^17 cross in words, one more a token and rank in a table that is staged."""
-    check_layer(Case(T=2**17 // (4 * R) + more, K=4, E=16, R=R, H=8))
+    """R * T * K of them cross in words, one more a token and rank in a table that is staged."""
+    check_layer(Case(T=MAX_FEW_WEIGHTS // (4 * R) + more, K=4, E=16, R=R, H=8))
 
 
 @pytest.mark.parametrize("epoch", [2**32 - 3, 2**62 - 3])
