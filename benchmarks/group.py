@@ -79,7 +79,7 @@ class Bench:
     mesh: Mesh
     implementation: Any = "cuda"
     times: Callable[..., list[list[float]]] = program_times_us
-    peer_copies: Callable[..., float] = peer_copies_us
+    peer_copies: Callable[..., dict[str, float]] = peer_copies_us
     longer: Callable[..., list[float]] = longer_us
     peer_gbps: float | None = None
     most_calls: int = MOST_CALLS

@@ -33,24 +33,27 @@ def copy_rate(bench: Bench, num_bytes: float = 1e9) -> float:
 
 
 @functools.cache
-def peer_copy_us(bench: Bench, remote: tuple[tuple[int, ...], ...]) -> float:
-    """Of few bytes at the rate of many: copied are so many times as many of each pair."""
+def peer_copy_us(bench: Bench, remote: tuple[tuple[int, ...], ...]) -> dict[str, float]:
+    """By order. Of few bytes at the rate of many: copied are so many times as many of each pair."""
     once = np.array(remote)
     factor = math.ceil(LEAST_COPIED_BYTES / max(most_of_a_rank(once), 1))
-    return bench.peer_copies(list(bench.mesh.devices.flat), (factor * once).tolist()) / factor
+    times = bench.peer_copies(list(bench.mesh.devices.flat), (factor * once).tolist())
+    return {order: us / factor for order, us in times.items()}
 
 
-def peer_us(bench: Bench, remote: np.ndarray) -> float | None:
-    """P of these bytes; None where it is not known, which is printed if it should be."""
+def peer_us(bench: Bench, remote: np.ndarray) -> dict[str, float]:
+    """P of these bytes and, if it was measured, what each order of the copies took. Empty where P
+    is not known, which is printed if it should be."""
     if bench.peer_gbps is not None:
-        return most_of_a_rank(remote) / bench.peer_gbps * 1e-3
+        return {"P_us": most_of_a_rank(remote) / bench.peer_gbps * 1e-3}
     if jax.process_count() > 1 or bench.mesh.size == 1:
-        return None
+        return {}
     try:
-        return peer_copy_us(bench, tuple(map(tuple, remote.tolist())))
+        times = peer_copy_us(bench, tuple(map(tuple, remote.tolist())))
     except RuntimeError as error:  # the ops are worth measuring all the same
         print(f"P is left out: {error}", file=sys.stderr)
-        return None
+        return {}
+    return {"P_us": min(times.values())} | {f"P_{order}_us": us for order, us in times.items()}
 
 
 def limits(
@@ -69,8 +72,8 @@ def limits(
             "remote_bytes": most_of_a_rank(moved.remote),
             "routed_bytes": most_of_a_rank(moved.routed),
         }
-        if p is not None:
-            result[op] |= {"P_us": p, "M_us": max(p, local / bytes_per_us)}
+        if p:
+            result[op] |= p | {"M_us": max(p["P_us"], local / bytes_per_us)}
     there, back = result["dispatch"], result["combine"]
     result["dispatch_backward"] = back
     result["plan_and_dispatch"] = there
@@ -82,8 +85,8 @@ def describe_limits(
     bench: Bench, bytes_per_us: float, rows: list[dict[str, Any]]
 ) -> dict[str, Any]:
     """How they were found; P_GBps is P's rate at the first point that has it."""
-    how = "every rank's copies to all others by the copy engines in this run; rows without P_us: "
-    how += "it failed"
+    how = "every rank's copies to all others by the copy engines in this run, in the faster of two "
+    how += "orders; rows without P_us: it failed"
     if jax.process_count() > 1:
         how = "left out: only one process can copy to all GPUs"
     if bench.peer_gbps is not None:

@@ -3,7 +3,8 @@
 That is the faster side: of four H200s each sent 370 GB/s to the others and fetched 200. JAX's
 device_put leaves no choice, and reached 250. All GPUs are held back until everything is queued, or
 what the host needs to start one after the other would count. Timed by events, with the same memory
-each time. Of four GPUs, copies to all peers at once reached 356 GB/s in one run and 284 in another.
+each time, in two orders: of four GPUs, copies to all peers at once reached 356 GB/s in one run and
+284 in another.
 """
 
 import contextlib
@@ -19,14 +20,15 @@ import jax.numpy as jnp
 NUM_COPIES = 8  # of each pair, one after the other, so that those of all pairs run together
 NUM_REPEATS = 20
 LEAST_BYTES = 16  # of a pair, though it has none
+# To all peers at once; or to one after the other, each GPU beginning with another one.
+ORDERS = "at_once", "in_turn"
 
 Remote = Sequence[Sequence[int]]  # bytes from each GPU to each
 
 
-def peer_copies_us(devices: Sequence[jax.Device], remote: Remote) -> float:
-    """Microseconds in which all send to all others; of the slowest GPU, median of some runs, by the
-    faster of two orders: to all peers at once, or to one after the other, each GPU beginning with
-    another."""
+def peer_copies_us(devices: Sequence[jax.Device], remote: Remote) -> dict[str, float]:
+    """Microseconds in which all send to all others, by each of ORDERS; of the slowest GPU, median
+    of some runs."""
     try:
         from cuda.bindings import driver, runtime
     except ImportError:
@@ -50,26 +52,26 @@ def peer_copies_us(devices: Sequence[jax.Device], remote: Remote) -> float:
         for rank, device in enumerate(devices)
     ]
 
-    def run(is_in_turn: bool) -> float:
+    def run(order: str) -> float:
         with gate.closed():
             for sender in senders:
-                sender.start(is_in_turn)
+                sender.start(is_in_turn=order == "in_turn")
         return max([sender.elapsed_us() for sender in senders])
 
-    times = [[run(order) for _ in range(1 + NUM_REPEATS)] for order in (False, True)]
+    times = {order: [run(order) for _ in range(1 + NUM_REPEATS)] for order in ORDERS}
     for sender in senders:
         sender.destroy()
     gate.destroy()
-    return min(statistics.median(each[1:]) for each in times) / NUM_COPIES
+    return {order: statistics.median(each[1:]) / NUM_COPIES for order, each in times.items()}
 
 
-def wall_peer_copies_us(devices: Sequence[jax.Device], remote: Remote) -> float:
-    """The host's time of one copy for each pair: to try a benchmark out without a GPU."""
+def wall_peer_copies_us(devices: Sequence[jax.Device], remote: Remote) -> dict[str, float]:
+    """The host's time of one copy for each pair, at once: to try a benchmark out without a GPU."""
     pairs = [(a, b) for a in range(len(devices)) for b in range(len(devices)) if a != b]
     sources = [_filled(devices[a], remote[a][b]) for a, b in pairs]
     start = time.perf_counter()
     jax.block_until_ready(jax.device_put(sources, [devices[b] for _, b in pairs]))
-    return (time.perf_counter() - start) * 1e6
+    return {"at_once": (time.perf_counter() - start) * 1e6}
 
 
 class Cuda:

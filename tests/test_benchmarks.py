@@ -176,6 +176,7 @@ def test_a_dry_run_of_four_ranks(monkeypatch, tmp_path, capsys):
     dispatch = rows["dispatch"]
     rate = dispatch["remote_bytes"] / dispatch["P_us"] * 1e-3
     assert result["limits"]["P_GBps"] == pytest.approx(rate)
+    assert dispatch["P_us"] == dispatch["P_at_once_us"]
     for op in ("dispatch", "combine", "combine_backward", "round_trip"):
         row = rows[op]
         for which in ("remote", "routed"):
