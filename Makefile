@@ -5,6 +5,7 @@
 # make lint       check formatting, style and types; make format applies what can be applied
 # make wheel      build a wheel in dist/
 #
+# They count when .venv is made: make clean first.
 # PYTHON   the interpreter of .venv                          make test PYTHON=python3.13
 # JAX      the version to install                            make test JAX=0.12.0
 # EXTRAS   further extras, with a GPU cuda12 or cuda13       make test EXTRAS=cuda13

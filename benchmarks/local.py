@@ -147,14 +147,14 @@ def plot(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
 
 def main(
     out: Annotated[pathlib.Path, typer.Option(help="Folder of the JSON and the plot.")] = RESULTS,
-    quick: Annotated[bool, typer.Option(help="The standard point only.")] = False,
+    quick: Annotated[bool, typer.Option(help="The standard point only; local-quick.json.")] = False,
 ) -> None:
     shapes = sweep()[:2] if quick else sweep()
     rows = []
     for shape in track(shapes, "measuring"):
         rows += measure(shape, with_xla=shape.tail == "zero" or quick)
     show(rows)
-    print(save("local", rows, out))
+    print(save("local" + "-quick" * quick, rows, out))
     if not quick:
         plot(rows, out / "local.png")
 

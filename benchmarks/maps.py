@@ -132,13 +132,13 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 def main(
     out: Annotated[pathlib.Path, typer.Option(help="Folder of the JSON.")] = RESULTS,
-    quick: Annotated[bool, typer.Option(help="T = 128 only.")] = False,
+    quick: Annotated[bool, typer.Option(help="T = 128 only; maps-quick.json.")] = False,
 ) -> None:
     rows = []
     for shape in track(SHAPES[:1] if quick else SHAPES, "measuring"):
         rows += measure(*shape)
     show(rows)
-    print(save("maps", rows, out))
+    print(save("maps" + "-quick" * quick, rows, out))
 
 
 if __name__ == "__main__":

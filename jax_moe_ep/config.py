@@ -40,7 +40,8 @@ class EpConfig:
         fails where it is easy to debug.
       implementation: "cuda", "reference" (plain JAX, any platform), or "auto": "cuda" on CUDA and
         "reference" elsewhere.
-      num_sms: the most thread blocks a CUDA kernel may use, None for its default.
+      num_sms: bounds the thread blocks of CUDA kernels, to so many in groups of several ranks, to
+        a few times as many on one; None for the default. Small kernels of plan are not bounded.
       timeout_s: seconds a CUDA kernel waits for another rank before it gives up.
 
     Raises:

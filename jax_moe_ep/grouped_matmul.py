@@ -41,8 +41,8 @@ def grouped_matmul(
 
     Args:
       rows, weights, group_sizes: see their shapes; the groups are the first rows.
-      alignment: all group_sizes are multiples of it. Where it is one of 64 no rows are copied, on
-        Hopper in bf16 and fp16, to drop those behind the groups.
+      alignment: all group_sizes are multiples of it. Where it is a multiple of 64, on Hopper in
+        bf16 and fp16, no rows are copied to drop those behind the groups.
     """
     out: Array = _grouped_matmul(alignment % _TILE == 0, rows, weights, group_sizes)
     return out

@@ -108,6 +108,7 @@ def dispatch(x: PyTree[Shaped[Array, "T ..."]], plan: Plan) -> PyTree[Shaped[Arr
 
     Raises:
       TypeError, ValueError: for leaves whose first size is not T, or a foreign plan.
+      NotImplementedError: on CUDA for bools, and rows of no multiple of 16 bytes.
     """
     check_plan("dispatch", plan)
     leaves, treedef = jax.tree.flatten(jax.tree.map(jnp.asarray, x))

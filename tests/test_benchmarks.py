@@ -11,7 +11,7 @@ from benchmarking import DEVICES, TINY, tiny_bench, tiny_inputs
 from matplotlib import image
 
 from benchmarks import ep as benchmark
-from benchmarks import group, limits, report, shapes, stock
+from benchmarks import group, limits, local, maps, report, shapes, stock
 from benchmarks import point as point_benchmark
 from benchmarks import step as step_benchmark
 from benchmarks.shapes import GroupShape
@@ -194,6 +194,16 @@ def test_names_of_results(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 8)
     assert report.result_name("ep", 2) == "ep-processes"
     assert report.result_name("step", 8) == "step-8-processes"
+
+
+@pytest.mark.parametrize("program", [local, maps], ids=["local", "maps"])
+def test_quick_results_of_one_gpu_have_a_file_of_their_own(monkeypatch, tmp_path, program):
+    row = {"T": 1, "H": 8, "K": 1, "A": 1, "E": 2, "tail": "zero", "op": "plan", "us": 3.5}
+    monkeypatch.setattr(program, "measure", lambda *args, **kwargs: [row])
+    program.main(tmp_path, quick=True)
+    (path,) = tmp_path.iterdir()
+    assert path.name == f"{program.__name__.removeprefix('benchmarks.')}-quick.json"
+    assert row in json.loads(path.read_text())["rows"]
 
 
 def test_processes_without_a_rank_are_refused(monkeypatch):
