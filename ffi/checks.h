@@ -43,8 +43,10 @@ ffi::Error CheckDims(const char* op,
 
 inline ffi::Error Internal(std::string text) { return ffi::Error::Internal(std::move(text)); }
 
+// Once told, an error is not left behind for the next launch, which would be said to have failed.
 inline ffi::Error ToFfiError(const char* op, cudaError_t status) {
   if (status == cudaSuccess) return ffi::Error::Success();
+  cudaGetLastError();
   return Internal(std::string(op) + ": " + cudaGetErrorName(status) + ": " +
                   cudaGetErrorString(status));
 }

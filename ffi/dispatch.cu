@@ -117,6 +117,7 @@ cudaError_t Launch(const LaunchLimits& limits, DispatchParams& params, cudaStrea
 
 cudaError_t LoadDispatch() {
   constexpr int64_t kSharedBytes = (kMoveWarps * kStages + 1) * kMaxTileBytes;
+  static_assert(kSharedBytes < kBulkSharedBytes, "with room for what is static");
   cudaError_t status =
       LoadKernels(DispatchVectorKernel<false>, DispatchBulkKernel<false>, kSharedBytes);
   if (status != cudaSuccess) return status;

@@ -53,6 +53,12 @@ ffi::Error Exchange::GatherBytes(const void* mine, int64_t bytes, void* all, uin
   JAX_MOE_EP_RETURN_IF_CUDA_ERROR(
       cudaMemcpyAsync(buffer_, mirror_, kBytes, cudaMemcpyHostToDevice, stream_));
   int result = nccl->all_gather(buffer_, buffer_ + kBytes, kBytes, kNcclBytes, comm_, stream_);
+  if (result == kNcclInProgress) {
+    has_given_up_ = true;
+    return Internal(
+        "jax_moe_ep: EP groups need NCCL communicators that block, and these do not. Leave "
+        "--xla_gpu_nccl_blocking_communicators at its default, true");
+  }
   if (result != kNcclSuccess) {
     return Internal(std::string("jax_moe_ep: ncclAllGather: ") + nccl->get_error_string(result));
   }
@@ -63,6 +69,7 @@ ffi::Error Exchange::GatherBytes(const void* mine, int64_t bytes, void* all, uin
   while ((status = cudaStreamQuery(stream_)) == cudaErrorNotReady) {
     if (std::chrono::steady_clock::now() - start > std::chrono::nanoseconds(timeout_ns)) {
       has_given_up_ = true;
+      cudaGetLastError();  // cudaErrorNotReady
       return Internal("jax_moe_ep: rank " + std::to_string(rank_) + " of " +
                       std::to_string(num_ranks_) + " waited " + std::to_string(timeout_ns / 1e9) +
                       " s for the others to meet. Do all ranks run the same program, and did all "

@@ -13,7 +13,8 @@ namespace jax_moe_ep {
 
 struct NcclComm;  // ncclComm
 inline constexpr int kNcclSuccess = 0;
-inline constexpr int kNcclBytes = 0;  // ncclInt8
+inline constexpr int kNcclInProgress = 7;  // of communicators that do not block
+inline constexpr int kNcclBytes = 0;       // ncclInt8
 
 struct NcclApi {
   int (*comm_count)(NcclComm*, int* count);

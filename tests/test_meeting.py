@@ -65,6 +65,22 @@ def test_a_rank_that_stays_away_is_not_waited_for_for_ever(program):
         assert "an earlier meeting of this group did not come about" in later[rank]
 
 
+def test_without_memory_at_first(program):
+    """What CUDA says is told, and does not come back as the error of a later launch."""
+    output = program("lacks_memory_at_first")
+    full = "jax_moe_ep: cudaErrorMemoryAllocation: out of memory"
+    assert texts(output, "full") == [full] * 2
+    assert texts(output, "mended") == ["fine"] * 2
+
+
+def test_communicators_that_do_not_block_are_refused(program):
+    output = program("does_not_block")
+    meet = texts(output, "meet")
+    assert len(meet) == 2
+    assert all("--xla_gpu_nccl_blocking_communicators at its default" in text for text in meet)
+    assert all("Start the processes again" in text for text in texts(output, "later"))
+
+
 def test_a_failure_is_told_to_all_ranks_until_a_reset(program):
     """Of the group that failed, by the rank that did; flags are clear afterwards."""
     output = program("resets")

@@ -29,6 +29,8 @@ std::mutex mutex;
 std::map<void*, size_t> memory;  // of devices, allocated
 bool can_access_peers = true;
 bool is_blind = false;  // proofs read something else
+bool is_full = false;   // no device has memory
+int nccl_result = jax_moe_ep::kNcclSuccess;
 
 namespace {
 thread_local int device = 0;
@@ -103,6 +105,7 @@ cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes, const vo
   return cudaSuccess;
 }
 cudaError_t cudaMalloc(void** pointer, size_t bytes) {
+  if (fake::is_full) return Return(cudaErrorMemoryAllocation);
   *pointer = malloc(bytes);
   memset(*pointer, 0xab, bytes);
   std::lock_guard<std::mutex> lock(fake::mutex);
@@ -207,7 +210,7 @@ int AllGather(
     }
     return true;
   });
-  return kNcclSuccess;
+  return fake::nccl_result;
 }
 const char* ErrorString(int) { return "some NCCL error"; }
 

@@ -27,6 +27,8 @@ size_t NumAllocations();
 
 extern bool can_access_peers;
 extern bool is_blind;  // proofs read something else
+extern bool is_full;   // no device has memory
+extern int nccl_result;
 
 // The driver: memory as XLA's allocator takes it; another allocation at the same address; what this
 // thread can do; and mappings of pools by other processes.

@@ -60,14 +60,34 @@ void Fails(int num_ranks, std::function<void()> spoil, std::function<void()> men
   PrintViews(group, kMiB);
 }
 
+// The meeting's error; another one if CUDA's was left behind, as the next launch would find it.
+ffi::Error MeetImpatiently(Arena* arena) {
+  ffi::Error error = arena->Ensure(0, AllocateNothing, kImpatience);
+  return cudaGetLastError() == cudaSuccess ? error : ffi::Error::Internal("an error is left");
+}
+
 void OneStaysAway() {
   Group group(3);
-  Print("alone", group.Run({0, 2}, [](Arena* arena) {
-    return arena->Ensure(0, AllocateNothing, kImpatience);
-  }));
+  Print("alone", group.Run({0, 2}, MeetImpatiently));
   Print("later", group.Run({0, 2}, [](Arena* arena) {
     return arena->Ensure(0, AllocateNothing, kImpatience);
   }));
+}
+
+void LacksMemoryAtFirst() {
+  Group group(2);
+  fake::is_full = true;
+  Print("full", group.Run(group.everyone(), MeetImpatiently));
+  fake::is_full = false;
+  Print("mended", group.Run(group.everyone(), MeetImpatiently));
+}
+
+void DoesNotBlock() {
+  Group group(2);
+  fake::nccl_result = kNcclInProgress;
+  Print("meet", group.Meet());
+  fake::nccl_result = kNcclSuccess;
+  Print("later", group.Meet());
 }
 
 void Resets() {
@@ -163,6 +183,8 @@ void Run(const std::string& name, int num_ranks) {
     return Fails(num_ranks, [] { fake::is_blind = true; }, [] { fake::is_blind = false; });
   }
   if (name == "one_stays_away") return OneStaysAway();
+  if (name == "lacks_memory_at_first") return LacksMemoryAtFirst();
+  if (name == "does_not_block") return DoesNotBlock();
   if (name == "resets") return Resets();
   if (name == "tells") return Tells();
   if (name == "reads_in_place") return ReadsInPlace(num_ranks);
