@@ -6,6 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from jax_moe_ep import cuda
+from jax_moe_ep.checks import check_config, check_experts_of_ranks
 from jax_moe_ep.config import EpConfig
 
 # The calls of a layer and its gradients that move rows, and whether weights go with them. The
@@ -49,6 +50,7 @@ def memory(
       `ArenaBytes`; zeros for a group of one rank, or with implementation="reference".
 
     Raises:
+      TypeError, ValueError: for a wrong config, size or dtype.
       NotImplementedError: without the CUDA extension.
 
     Example:
@@ -56,10 +58,18 @@ def memory(
       >>> config = ep.EpConfig(num_experts=256, axis_name="expert")
       >>> bytes_of = ep.memory(config, 4096, 7168, 8, "bfloat16", 2)  # doctest: +SKIP
     """
+    check_config("memory", config)
+    sizes = {"num_tokens": (num_tokens, 0), "hidden": (hidden, 0), "top_k": (top_k, 1)}
+    for name, (value, lowest) in (sizes | {"num_ranks": (num_ranks, 1)}).items():
+        if type(value) is not int or value < lowest:
+            raise ValueError(
+                f"jax_moe_ep.memory: {name} must be an int of at least {lowest}, got {value!r}"
+            )
+    check_experts_of_ranks("memory", config, num_ranks)
+    row_bytes = hidden * jnp.dtype(dtype).itemsize
     if num_ranks == 1 or num_tokens == 0 or config.implementation == "reference":
         return ArenaBytes(0, 0)
     ffi = cuda.extension("memory")
-    row_bytes = hidden * jnp.dtype(dtype).itemsize
     plan_bytes = top_k * (8 if config.drop_policy == "priority" else 4)  # ids, priorities
     calls = [("plan", False, plan_bytes), *((*call, row_bytes) for call in CALLS)]
 

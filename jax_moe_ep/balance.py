@@ -14,7 +14,14 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
-from jax_moe_ep.checks import check_choice
+from jax_moe_ep.checks import (
+    axis_names,
+    check_axes,
+    check_choice,
+    check_integers,
+    check_num_experts,
+)
+from jax_moe_ep.ids import as_ids
 from jax_moe_ep.routing import Routing, check_floating, check_mask, unmasked
 
 Per = Literal["batch", "sequence"]
@@ -38,14 +45,11 @@ def expert_counts(
       [E] int32. No gradient.
 
     Raises:
-      TypeError, ValueError: for ids of another dtype, or an axis that is not bound.
+      TypeError, ValueError: for ids of another dtype, num_experts, or an axis that is not bound.
     """
-    topk_idx = jnp.asarray(topk_idx)
-    if topk_idx.dtype not in (jnp.int32, jnp.int64):
-        raise TypeError(
-            f"jax_moe_ep.expert_counts: topk_idx must be int32 or int64, got {topk_idx.dtype}"
-        )
-    counts = _counts(topk_idx, num_experts)
+    check_integers("expert_counts", "topk_idx", topk_idx)
+    check_num_experts("expert_counts", num_experts)
+    counts = _counts(as_ids(topk_idx), num_experts)
     return _total("expert_counts", counts, axis_name)
 
 
@@ -103,11 +107,11 @@ def load_balance_loss(
         is_token.sum(tokens, dtype=jnp.int32)[..., None],
     )
     counts, shares, num_tokens = _total(op, statistics, inside)
-    f = counts.astype(jnp.float32) / jnp.maximum(counts.sum(-1, keepdims=True), 1)
-    losses = num_experts * (f * shares / jnp.maximum(num_tokens, 1)).sum(-1)
+    f = counts.astype(jnp.float32) / _at_least_one(counts.sum(-1, keepdims=True))
+    losses = num_experts * (f * shares / _at_least_one(num_tokens)).sum(-1)
     num_losses = (num_tokens > 0).sum(dtype=jnp.int32)
     loss, num_losses = _total(op, (losses.sum(), num_losses), across)
-    return loss / jnp.maximum(num_losses, 1)
+    return loss / _at_least_one(num_losses)
 
 
 def z_loss(
@@ -139,7 +143,7 @@ def z_loss(
     is_token = jnp.ones(squares.shape, bool) if mask is None else mask
     sums = (jnp.where(is_token, squares, 0).sum(), is_token.sum(dtype=jnp.int32))
     total, num_tokens = _total("z_loss", sums, axis_name)
-    return total / jnp.maximum(num_tokens, 1)
+    return total / _at_least_one(num_tokens)
 
 
 def update_bias(
@@ -171,10 +175,12 @@ def update_bias(
             f"jax_moe_ep.update_bias: bias and expert_counts must be [E], got {jnp.shape(bias)} "
             f"and {jnp.shape(expert_counts)}"
         )
-    # In integers: a rounded mean would push experts that have exactly the mean.
+    # In integers: a rounded mean would push experts that have exactly the mean. Compared, not
+    # subtracted: they may be unsigned.
     mean, rest = jnp.divmod(expert_counts.sum(), bias.size)
-    above = jnp.where(expert_counts == mean, rest, mean - expert_counts)
-    return bias + jnp.asarray(rate, bias.dtype) * jnp.sign(above).astype(bias.dtype)
+    is_below = (expert_counts < mean) | ((expert_counts == mean) & (rest > 0))
+    step = is_below.astype(bias.dtype) - (expert_counts > mean).astype(bias.dtype)
+    return bias + jnp.asarray(rate, bias.dtype) * step
 
 
 def _counts(idx: Int[Array, "..."], num_experts: int) -> Int32[Array, "E"]:
@@ -185,14 +191,14 @@ def _counts(idx: Int[Array, "..."], num_experts: int) -> Int32[Array, "E"]:
     return zeros.at[idx].add(1, mode="drop", out_sharding=out)
 
 
+def _at_least_one(count: Int[Array, "..."]) -> Float32[Array, "..."]:
+    return jnp.maximum(count, 1).astype(jnp.float32)
+
+
 def _total(op: str, tree: Any, axis_name: AxisName) -> Any:
-    try:
-        return lax.psum(tree, axis_name)
-    except NameError as error:
-        raise ValueError(
-            f"jax_moe_ep.{op}: axis {axis_name!r} is not bound here ({error}). Call it inside "
-            "jax.shard_map over a mesh that has this axis, or leave it out for global arrays"
-        ) from error
+    return lax.psum(
+        tree, check_axes(op, axis_name, otherwise=", or leave it out for global arrays")
+    )
 
 
 def _check_balance(
@@ -202,7 +208,13 @@ def _check_balance(
     if not isinstance(routing, Routing):
         raise TypeError(f"jax_moe_ep.{op}: routing must be a Routing, got {type(routing).__name__}")
     check_choice(f"jax_moe_ep.{op}", "per", per, get_args(Per))
-    check_mask(op, mask, routing.scores.shape[:-1])
+    idx, scores = routing.topk_idx, routing.scores
+    if idx.ndim < 1 or idx.shape[:-1] != scores.shape[:-1]:
+        raise ValueError(
+            f"jax_moe_ep.{op}: topk_idx [..., K] and scores [..., E] of routing must agree, got "
+            f"shapes {idx.shape} and {scores.shape}"
+        )
+    check_mask(op, mask, scores.shape[:-1])
     if per == "sequence" and routing.scores.ndim < 2:
         raise ValueError(
             f"jax_moe_ep.{op}: per='sequence' needs scores [..., S, E], got shape "
@@ -213,12 +225,8 @@ def _check_balance(
             f"jax_moe_ep.{op}: sequence_axis_name={sequence_axis_name!r} is given, but per='batch' "
             "has no sequences. Name the axis in axis_name, or set per='sequence'"
         )
-    if shared := set(_axes(axis_name)) & set(_axes(sequence_axis_name)):
+    if shared := {*axis_names(op, axis_name)} & {*axis_names(op, sequence_axis_name)}:
         raise ValueError(
             f"jax_moe_ep.{op}: {sorted(shared)} are in axis_name and in sequence_axis_name; an "
             "axis shards the sequences or the tokens of each"
         )
-
-
-def _axes(axis_name: AxisName) -> tuple[str, ...]:
-    return (axis_name,) if isinstance(axis_name, str) else axis_name

@@ -18,25 +18,55 @@ def check_choice(where: str, name: str, value: object, choices: Sequence[str]) -
         raise ValueError(f"{where}: {name} must be one of {allowed}, got {value!r}")
 
 
-def num_ranks(op: str, config: Any) -> int:
+def check_config(op: str, config: Any) -> None:
     if not isinstance(config, EpConfig):
         raise TypeError(f"jax_moe_ep.{op}: config must be an EpConfig, got {config!r}")
+
+
+def check_group(op: str, config: Any) -> int:
+    """The number of ranks of the group."""
+    check_config(op, config)
+    axes = check_axes(op, config.axis_name, otherwise=", or use axis_name=() for one rank")
+    return lax.axis_size(axes)
+
+
+def axis_names(op: str, axis_name: Any, *, at_least: int = 0) -> tuple[str, ...]:
+    """Of one mesh axis or several, bound or not."""
+    names: Any = (axis_name,) if isinstance(axis_name, str) else axis_name
+    is_names = isinstance(names, (tuple, list)) and all(isinstance(name, str) for name in names)
+    if not is_names or len({*names}) < len(names) or len(names) < at_least:
+        raise TypeError(
+            f"jax_moe_ep.{op}: axis_name must be a mesh axis name or a tuple of different ones, "
+            f"got {axis_name!r}"
+        )
+    return tuple(names)
+
+
+def check_axes(
+    op: str, axis_name: Any, *, at_least: int = 0, otherwise: str = ""
+) -> tuple[str, ...]:
+    """Mesh axes that are bound; `otherwise`: what else to do where they are not."""
+    names = axis_names(op, axis_name, at_least=at_least)
     try:
-        return lax.axis_size(config.axis_name)
+        lax.axis_size(names)
     except NameError as error:
         raise ValueError(
-            f"jax_moe_ep.{op}: axis {config.axis_name!r} is not bound here ({error}). Call it "
-            "inside jax.shard_map over a mesh that has this axis, or use axis_name=() for one rank"
+            f"jax_moe_ep.{op}: axis {axis_name!r} is not bound here ({error}). Call it inside "
+            f"jax.shard_map over a mesh that has this axis{otherwise}"
         ) from error
+    return names
+
+
+def check_integers(op: str, name: str, values: Any, remedy: str = "") -> None:
+    if jnp.result_type(values) not in (jnp.int32, jnp.int64):
+        raise TypeError(
+            f"jax_moe_ep.{op}: {name} must be int32 or int64, got {jnp.result_type(values)}{remedy}"
+        )
 
 
 def check_ids(op: str, topk_idx: Any) -> None:
-    shape, dtype = jnp.shape(topk_idx), jnp.result_type(topk_idx)
-    if dtype not in (jnp.int32, jnp.int64):
-        raise TypeError(
-            f"jax_moe_ep.{op}: topk_idx must be int32 or int64, got {dtype}. dense_to_topk makes "
-            "ids of a bool map"
-        )
+    shape = jnp.shape(topk_idx)
+    check_integers(op, "topk_idx", topk_idx, ". dense_to_topk makes ids of a bool map")
     if len(shape) != 2 or shape[1] < 1:
         raise ValueError(
             f"jax_moe_ep.{op}: topk_idx must be [T, K] with K >= 1, got shape {shape}. Reshape a "
@@ -99,19 +129,24 @@ def check_floats(op: str, name: str, values: Any, like: str, shape: tuple[int, .
         )
 
 
-def check_sizes(shape: tuple[int, ...], config: EpConfig, num_ranks: int) -> None:
+def check_experts_of_ranks(op: str, config: EpConfig, num_ranks: int) -> None:
     if config.num_experts % num_ranks:
         raise ValueError(
-            f"jax_moe_ep.plan: num_experts={config.num_experts} is not a multiple of the "
+            f"jax_moe_ep.{op}: num_experts={config.num_experts} is not a multiple of the "
             f"{num_ranks} ranks of axis {config.axis_name!r}; every rank holds as many experts"
         )
+
+
+def check_sizes(shape: tuple[int, ...], config: EpConfig, num_ranks: int) -> None:
+    check_experts_of_ranks("plan", config, num_ranks)
     num_assignments = num_ranks * shape[0] * shape[1]
     num_local = config.num_experts // num_ranks
     capacity = config.num_rows(num_ranks, *shape)
     if max(num_assignments + (config.alignment - 1) * num_local, capacity) > MAX_INT32:
         raise ValueError(
             f"jax_moe_ep.plan: R*T*K = {num_ranks}*{shape[0]}*{shape[1]} assignments with "
-            f"alignment {config.alignment} need row numbers beyond {MAX_INT32}. Split the batch"
+            f"alignment {config.alignment} need row numbers beyond {MAX_INT32}. Split "
+            "the batch, or lower the alignment"
         )
     if config.empty_groups == "block" and capacity < num_local * config.alignment:
         raise ValueError(
@@ -143,12 +178,28 @@ def check_priority(priority: Any, routing: Array, config: EpConfig) -> None:
 def check_plan(op: str, plan: Any) -> None:
     if not isinstance(plan, Plan):
         raise TypeError(f"jax_moe_ep.{op}: plan must be a Plan, got {type(plan).__name__}")
-    size = num_ranks(op, plan.config)
+    size = check_group(op, plan.config)
     if size != plan.num_ranks:
         raise ValueError(
             f"jax_moe_ep.{op}: the plan was made for {plan.num_ranks} ranks, but axis "
             f"{plan.config.axis_name!r} has {size} here"
         )
+    tokens, experts = plan.num_tokens, plan.num_local_experts
+    expected = {
+        "slots": (size * tokens, plan.top_k),
+        "owners": (tokens, plan.top_k),
+        "group_counts": (experts,),
+        "group_sizes": (experts,),
+        "group_starts": (experts,),
+        "source_counts": (size, experts),
+    }
+    for name, shape in expected.items():
+        if jnp.shape(getattr(plan, name)) != shape:
+            raise ValueError(
+                f"jax_moe_ep.{op}: {name} of the plan must have shape {shape}, got "
+                f"{jnp.shape(getattr(plan, name))}. Take one plan out of those that were stacked, "
+                "with jax.tree.map(lambda a: a[i], plan), or inside jax.lax.scan"
+            )
 
 
 def check_first_size(op: str, name: str, x: Any, size: int, letter: str) -> None:
@@ -168,6 +219,15 @@ def check_no_group(op: str, plan: Any) -> None:
         )
 
 
+def check_summed(op: str, name: str, y: Array, what: str = "") -> None:
+    """`what` of the values is a sum of combine's."""
+    if not jnp.issubdtype(y.dtype, jnp.floating) or y.dtype.itemsize > 4:
+        raise TypeError(
+            f"jax_moe_ep.{op}: {what}{name} must be floating with at most 32 bits, got {y.dtype}: "
+            f"sums are in float32. Convert {name} before the call"
+        )
+
+
 def check_leaves(op: str, x: Any, size: int, letter: str, like: str) -> None:
     for leaf in jax.tree.leaves(x):
         shape = jnp.shape(leaf)
@@ -181,9 +241,7 @@ def check_leaves(op: str, x: Any, size: int, letter: str, like: str) -> None:
 def check_chunks(chunk_sizes: Any, order: Any) -> None:
     shape = jnp.shape(chunk_sizes)
     for name, values in (("chunk_sizes", chunk_sizes), ("order", order)):
-        dtype = jnp.result_type(values)
-        if dtype not in (jnp.int32, jnp.int64):
-            raise TypeError(f"jax_moe_ep.sort_chunks: {name} must be int32 or int64, got {dtype}")
+        check_integers("sort_chunks", name, values)
         if len(shape) != 1 or shape[0] < 1 or jnp.shape(values) != shape:
             raise ValueError(
                 "jax_moe_ep.sort_chunks: chunk_sizes and order must be [M] with M >= 1, got shapes "

@@ -13,6 +13,7 @@ Tail = Literal["zero", "undefined"]
 MAX_INT32 = 2**31 - 1
 MAX_CUDA_EXPERTS = 4096
 DEFAULT_TIMEOUT_S = 300.0
+LEAST_TIMEOUT_S, MOST_TIMEOUT_S = 1e-9, 9e9  # as nanoseconds in an int64
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -77,6 +78,11 @@ class EpConfig:
             _check_int("num_sms", self.num_sms, 1)
         if not _is_real(self.timeout_s) or not 0 < self.timeout_s < math.inf:
             raise ValueError(f"timeout_s must be a positive finite number, got {self.timeout_s!r}")
+        if not LEAST_TIMEOUT_S <= self.timeout_s <= MOST_TIMEOUT_S:
+            raise ValueError(
+                f"timeout_s must be between {LEAST_TIMEOUT_S} and {MOST_TIMEOUT_S} seconds, got "
+                f"{self.timeout_s!r}"
+            )
         object.__setattr__(self, "axis_name", _normal_axis_name(self.axis_name))
         self._check_combinations()
 

@@ -303,8 +303,10 @@ def _row_bytes(leaf: Array) -> int:
 
 
 def _like(array: Array, shape: tuple[int, ...], dtype: Any) -> Any:
-    """A result type that varies on the mesh axes of the array."""
-    return jax.typeof(array).update(shape=shape, dtype=jnp.dtype(dtype))
+    """A result type that varies on the mesh axes of the array, as that of any op on it: inside of
+    shard_map(check_vma=False) none does, whatever the array itself comes with from outside."""
+    of_an_op = jax.typeof(lax.expand_dims(array, (0,)))
+    return of_an_op.update(shape=shape, dtype=jnp.dtype(dtype))
 
 
 # What the kernels do not support, as the text of an error.

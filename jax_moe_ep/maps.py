@@ -12,6 +12,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32, Shaped
 
 from jax_moe_ep.checks import check_floats, check_ids, check_map, check_num_experts, check_top_k
+from jax_moe_ep.ids import as_ids
 from jax_moe_ep.plan import Plan
 from jax_moe_ep.varying import vary
 
@@ -52,7 +53,7 @@ def topk_to_dense(
     """
     check_ids("topk_to_dense", topk_idx)
     check_num_experts("topk_to_dense", num_experts)
-    topk_idx = jnp.asarray(topk_idx)
+    topk_idx = as_ids(topk_idx)
     # One expression over [T, E] per k, which the compiler fuses into one pass: no [T, K, E].
     routing_map = jnp.zeros((topk_idx.shape[0], num_experts), bool)
     for is_named in _columns(topk_idx, num_experts):

@@ -1,16 +1,23 @@
 """A whole Mixture-of-Experts feed-forward layer on global arrays."""
 
 import functools
-from collections.abc import Callable
-from typing import Literal
+import math
+from collections.abc import Callable, Sequence
+from typing import Literal, NoReturn, cast
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from jax_moe_ep import ops
+from jax_moe_ep.checks import (
+    check_choice,
+    check_config,
+    check_experts_of_ranks,
+    check_integers,
+)
 from jax_moe_ep.config import EpConfig
 from jax_moe_ep.grouped_matmul import grouped_matmul
 from jax_moe_ep.plan import Stats
@@ -30,7 +37,7 @@ def moe_mlp(
     mesh: Mesh,
     config: EpConfig,
     activation: Activation = "swiglu",
-    token_axes: tuple[str, ...] | None = None,
+    token_axes: str | tuple[str, ...] | None = None,
 ) -> tuple[Float[Array, "... H"], Stats]:
     """Dispatch, gated experts and weighted combine, with the shard_map inside.
 
@@ -62,8 +69,10 @@ def moe_mlp(
       TypeError, ValueError: for shapes, dtypes, mesh axes or options that do not fit.
       NotImplementedError: on CUDA when tokamax is not installed.
     """
-    axes = tuple(mesh.axis_names) if token_axes is None else token_axes
-    _check(x, topk_idx, topk_weights, w_gate_up, w_down, mesh, config, activation, axes)
+    axes = _token_axes(mesh, config, token_axes)
+    check_choice("jax_moe_ep.moe_mlp", "activation", activation, tuple(_GATES))
+    _check_tokens(x, topk_idx, topk_weights, mesh, axes)
+    _check_experts(x, w_gate_up, w_down, config)
     tokens, experts = P(axes), P(config.axes)
     in_specs = (tokens, tokens, tokens, experts, experts)
 
@@ -93,50 +102,70 @@ def moe_mlp(
     )(*args)
 
 
-def _check(
-    x: Array,
-    topk_idx: Array,
-    topk_weights: Array,
-    w_gate_up: Array,
-    w_down: Array,
-    mesh: Mesh,
-    config: EpConfig,
-    activation: str,
-    token_axes: tuple[str, ...],
-) -> None:
-    def fail(text: str) -> None:
-        raise ValueError(f"jax_moe_ep.moe_mlp: {text}")
+# Checks.
 
-    if activation not in _GATES:
-        fail(f"activation must be one of {', '.join(map(repr, _GATES))}, got {activation!r}")
-    for axis in (*config.axes, *token_axes):
+
+def _fail(text: str) -> NoReturn:
+    raise ValueError(f"jax_moe_ep.moe_mlp: {text}")
+
+
+def _token_axes(
+    mesh: Mesh, config: EpConfig, token_axes: str | tuple[str, ...] | None
+) -> tuple[str, ...]:
+    check_config("moe_mlp", config)
+    if not isinstance(cast("object", mesh), (Mesh, AbstractMesh)):
+        raise TypeError(f"jax_moe_ep.moe_mlp: mesh must be a jax.sharding.Mesh, got {mesh!r}")
+    names: Sequence[str] = mesh.axis_names if token_axes is None else token_axes
+    axes = (names,) if isinstance(names, str) else tuple(names)
+    for axis in (*config.axes, *axes):
         if axis not in mesh.axis_names:
-            fail(f"axis {axis!r} is not in the mesh, which has {mesh.axis_names}")
-    if missing := set(config.axes) - set(token_axes):
-        fail(f"token_axes={token_axes} must contain the EP axes; {sorted(missing)} are missing")
+            _fail(f"axis {axis!r} is not in the mesh, which has {mesh.axis_names}")
+    if missing := set(config.axes) - set(axes):
+        _fail(f"token_axes={token_axes} must contain the EP axes; {sorted(missing)} are missing")
+    check_experts_of_ranks("moe_mlp", config, _num_shards(mesh, config.axes))
+    return axes
+
+
+def _num_shards(mesh: Mesh, axes: tuple[str, ...]) -> int:
+    return math.prod(mesh.shape[axis] for axis in axes)
+
+
+def _check_tokens(
+    x: Array, topk_idx: Array, topk_weights: Array, mesh: Mesh, axes: tuple[str, ...]
+) -> None:
+    check_integers(
+        "moe_mlp", "topk_idx", topk_idx, ". dense_to_topk makes ids and weights of a bool map"
+    )
     if topk_idx.shape[:-1] != x.shape[:-1] or topk_weights.shape != topk_idx.shape:
-        fail(
+        _fail(
             "x [..., H], topk_idx [..., K] and topk_weights [..., K] must agree, got "
             f"{x.shape}, {topk_idx.shape} and {topk_weights.shape}"
         )
-    if x.ndim < 2 or w_gate_up.ndim != 3 or w_gate_up.shape[2] % 2:
-        fail(f"x must be [..., H] and w_gate_up [E, H, 2F], got {x.shape} and {w_gate_up.shape}")
-    experts, hidden, inner = config.num_experts, x.shape[-1], w_gate_up.shape[2] // 2
-    if w_gate_up.shape[:2] != (experts, hidden) or w_down.shape != (experts, inner, hidden):
-        fail(
-            f"with E = {experts} and H = {hidden}, w_gate_up must be [E, H, 2F] and w_down "
-            f"[E, F, H], got {w_gate_up.shape} and {w_down.shape}"
+    if x.ndim < 2 or 0 in (x.shape[-1], topk_idx.shape[-1]):
+        _fail(
+            f"x must be [..., H] and topk_idx [..., K] with H and K >= 1, got {x.shape} and "
+            f"{topk_idx.shape}"
         )
+    shards = _num_shards(mesh, axes)
+    if x.shape[0] % shards:
+        _fail(
+            f"the first dimension of x, {x.shape[0]}, must be a multiple of the {shards} shards "
+            f"of axes {axes}. Pad it with tokens whose topk_idx is -1"
+        )
+
+
+def _check_experts(x: Array, w_gate_up: Array, w_down: Array, config: EpConfig) -> None:
+    experts, hidden = config.num_experts, x.shape[-1]
+    inner = w_gate_up.shape[-1] // 2 if w_gate_up.ndim else 0
+    if w_gate_up.shape != (experts, hidden, 2 * inner) or inner == 0:
+        _fail(
+            f"with E = {experts} and H = {hidden}, w_gate_up must be [E, H, 2F] with F >= 1, got "
+            f"{w_gate_up.shape}"
+        )
+    if w_down.shape != (experts, inner, hidden):
+        _fail(f"w_down must be [E, F, H] = {(experts, inner, hidden)}, got {w_down.shape}")
     if not x.dtype == w_gate_up.dtype == w_down.dtype:
         raise TypeError(
             "jax_moe_ep.moe_mlp: x, w_gate_up and w_down must have one dtype, got "
             f"{x.dtype}, {w_gate_up.dtype} and {w_down.dtype}"
-        )
-    shards = 1
-    for axis in token_axes:
-        shards *= mesh.shape[axis]
-    if x.shape[0] % shards:
-        fail(
-            f"the first dimension of x, {x.shape[0]}, must be a multiple of the {shards} shards "
-            f"of axes {token_axes}. Pad it with tokens whose topk_idx is -1"
         )

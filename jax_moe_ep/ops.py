@@ -1,11 +1,9 @@
-"""The public ops: checks, gradients, names for `jax.checkpoint`, and the choice of implementation.
+"""The public ops: checks, gradients, and names for `jax.checkpoint`.
 
 All of them run inside `jax.shard_map` on one rank's shard, or anywhere with `axis_name=()`. The
 letters are those of `Plan`.
 """
 
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -15,17 +13,21 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int, Int32, PyTree, Shaped
 
-from jax_moe_ep import cuda, maps, reference
+from jax_moe_ep import maps, reference
 from jax_moe_ep.checks import (
+    check_axes,
     check_first_size,
+    check_group,
     check_plan,
     check_priority,
     check_routing,
     check_sizes,
+    check_summed,
     check_weights,
-    num_ranks,
 )
 from jax_moe_ep.config import EpConfig
+from jax_moe_ep.ids import as_ids
+from jax_moe_ep.implementation import choose
 from jax_moe_ep.plan import Plan, Stats
 from jax_moe_ep.varying import vary, varying_axes
 
@@ -69,21 +71,18 @@ def plan(
       >>> jax.shard_map(counts, mesh=mesh, in_specs=P(), out_specs=P("expert"))(ids)
       Array([1, 0, 2, 0], dtype=int32)
     """
-    size = num_ranks("plan", config)
+    size = check_group("plan", config)
     check_routing(topk_idx, config, top_k)
     check_priority(priority, topk_idx, config)
     cut = None
     if top_k is not None:
         topk_idx, priority, cut = maps.assignments_of_map(topk_idx, priority, top_k)
     check_sizes(topk_idx.shape, config, size)
-    if not np.can_cast(topk_idx.dtype, np.int32):  # some of its values would become experts
-        is_expert = (topk_idx >= 0) & (topk_idx < config.num_experts)
-        topk_idx = jnp.where(is_expert, topk_idx, -1)
-    ids = topk_idx.astype(jnp.int32)
+    ids = as_ids(topk_idx, jnp.int32)
     if priority is not None:
         priority = lax.stop_gradient(priority).astype(jnp.float32)
     ids, priority = vary((ids, priority), config.axes)
-    run = reference.plan if ids.shape[0] == 0 else _implementation("plan", config)
+    run = reference.plan if ids.shape[0] == 0 else choose("plan", config)
     result = run(ids, priority, config=config)
     if cut is not None:
         result = maps.count_cut(result, cut)
@@ -104,7 +103,8 @@ def dispatch(x: PyTree[Shaped[Array, "T ..."]], plan: Plan) -> PyTree[Shaped[Arr
       [C, ...] rows grouped by local expert, each group aligned; padding rows are zero, the tail
       after the last group as `EpConfig.tail` says.
 
-    Differentiable in the floating leaves of x: the gradient is `combine` without weights.
+    Differentiable in the floating leaves of x of at most 32 bits, and complex ones of 64: the
+    gradient is `combine` without weights.
 
     Raises:
       TypeError, ValueError: for leaves whose first size is not T, or a foreign plan.
@@ -147,15 +147,18 @@ def combine(
     Raises:
       TypeError, ValueError: for a wrong shape or dtype, or a foreign plan.
     """
-    check_plan("combine", plan)
-    check_first_size("combine", "y", y, plan.capacity, "C")
-    if not jnp.issubdtype(y.dtype, jnp.floating) or y.dtype.itemsize > 4:
-        raise TypeError(
-            f"jax_moe_ep.combine: y must be floating with at most 32 bits, got {y.dtype}: sums "
-            "are in float32. Convert y before the call"
-        )
+    return combine_for("combine", "y", y, plan, topk_weights)
+
+
+def combine_for(op: str, name: str, y: Array, plan: Plan, topk_weights: Array | None) -> Array:
+    """`combine` with the errors of an op whose rows have that name."""
+    check_plan(op, plan)
+    y = jnp.asarray(y)
+    check_first_size(op, name, y, plan.capacity, "C")
+    check_summed(op, name, y)
     if topk_weights is not None:
-        check_weights("combine", topk_weights, plan)
+        topk_weights = jnp.asarray(topk_weights)
+        check_weights(op, topk_weights, plan)
     if plan.num_tokens == 0 or y.size == 0:
         return checkpoint_name(_nothing(y, plan.num_tokens, plan), "ep_out")
     y, plan, topk_weights = vary((y, plan, topk_weights), plan.config.axes)
@@ -178,6 +181,7 @@ def row_weights(topk_weights: Float[Array, "T K"], plan: Plan) -> Float[Array, "
       TypeError, ValueError: for a wrong shape or dtype, or a foreign plan.
     """
     check_plan("row_weights", plan)
+    topk_weights = jnp.asarray(topk_weights)
     check_weights("row_weights", topk_weights, plan)
     if plan.num_tokens == 0 or plan.capacity == 0:
         return _nothing(topk_weights[:, 0], plan.capacity, plan)
@@ -209,10 +213,13 @@ def stats(plan: Plan, *, axis_name: str | tuple[str, ...] = ()) -> Stats:
 
     Returns:
       `Stats`, the same on all ranks. No gradient.
+
+    Raises:
+      TypeError, ValueError: for a foreign plan, or an axis that is not bound.
     """
     check_plan("stats", plan)
     config = plan.config
-    more = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
+    more = check_axes("stats", axis_name)
     axes = tuple(dict.fromkeys((*config.axes, *more, *sorted(varying_axes(plan)))))
     plan = vary(plan, axes)
     me = lax.axis_index(config.axis_name)
@@ -239,7 +246,7 @@ def _nothing(like: Array, size: int, plan: Plan) -> Array:
 
 @jax.custom_vjp
 def _dispatch(leaves: tuple[Array, ...], plan: Plan) -> tuple[Array, ...]:
-    return _implementation("dispatch", plan.config)(leaves, plan)
+    return choose("dispatch", plan.config)(leaves, plan)
 
 
 def _dispatch_forward(leaves: tuple[Array, ...], plan: Plan) -> tuple[tuple[Array, ...], Plan]:
@@ -247,10 +254,16 @@ def _dispatch_forward(leaves: tuple[Array, ...], plan: Plan) -> tuple[tuple[Arra
 
 
 def _dispatch_backward(plan: Plan, drows: tuple[Array, ...]) -> tuple[Any, None]:
-    # A leaf without floating values has no gradient: None.
-    has_gradient = [jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in drows]
-    pairs = zip(drows, has_gradient, strict=True)
-    return tuple(combine(leaf, plan) if has else None for leaf, has in pairs), None
+    def back(leaf: Array) -> Array | None:
+        if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+            check_summed("dispatch", "x", leaf.real, "for a gradient, parts of complex ")
+            return lax.complex(combine(leaf.real, plan), combine(leaf.imag, plan))
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            return None
+        check_summed("dispatch", "x", leaf, "for a gradient, ")
+        return combine(leaf, plan)
+
+    return tuple(map(back, drows)), None
 
 
 _dispatch.defvjp(_dispatch_forward, _dispatch_backward)
@@ -258,7 +271,7 @@ _dispatch.defvjp(_dispatch_forward, _dispatch_backward)
 
 @jax.custom_vjp
 def _combine(y: Array, plan: Plan, weights: Array | None) -> Array:
-    return _implementation("combine", plan.config)(y, plan, weights)
+    return choose("combine", plan.config)(y, plan, weights)
 
 
 def _combine_forward(y: Array, plan: Plan, weights: Array | None) -> tuple[Array, Any]:
@@ -270,7 +283,7 @@ def _combine_backward(residuals: Any, dout: Array) -> tuple[Array, None, Array |
     y, plan, weights = residuals
     if weights is None:
         return dispatch(dout, plan), None, None
-    dy, dw = _implementation("combine_backward", plan.config)(dout, y, plan, weights)
+    dy, dw = choose("combine_backward", plan.config)(dout, y, plan, weights)
     return dy, None, dw
 
 
@@ -279,7 +292,7 @@ _combine.defvjp(_combine_forward, _combine_backward)
 
 @jax.custom_vjp
 def _row_weights(weights: Array, plan: Plan) -> Array:
-    return _implementation("row_weights", plan.config)(weights, plan)
+    return choose("row_weights", plan.config)(weights, plan)
 
 
 def _row_weights_forward(weights: Array, plan: Plan) -> tuple[Array, Plan]:
@@ -287,44 +300,7 @@ def _row_weights_forward(weights: Array, plan: Plan) -> tuple[Array, Plan]:
 
 
 def _row_weights_backward(plan: Plan, drow: Array) -> tuple[Array, None]:
-    return _implementation("row_weights_backward", plan.config)(drow, plan), None
+    return choose("row_weights_backward", plan.config)(drow, plan), None
 
 
 _row_weights.defvjp(_row_weights_forward, _row_weights_backward)
-
-
-# The choice of implementation.
-
-
-def _implementation(op: str, config: EpConfig) -> Callable[..., Any]:
-    """The op as `config.implementation` says; what cannot run is refused when it is lowered."""
-    on_cuda, anywhere = getattr(cuda, op), getattr(reference, op)
-    if config.implementation == "cuda":
-        anywhere = cuda.refused(
-            anywhere,
-            f"jax_moe_ep.{op}: implementation='cuda' needs CUDA devices, and this program is "
-            "compiled for another platform. Use implementation='auto' or 'reference'",
-        )
-
-    def run(*args: Any, **static: Any) -> Any:
-        args = jax.tree.map(partial(_refuse_vmap, op), args)
-        if config.implementation == "reference":
-            return anywhere(*args, **static)
-        return lax.platform_dependent(
-            *args, cuda=partial(on_cuda, **static), default=partial(anywhere, **static)
-        )
-
-    return run
-
-
-def _refuse_vmap(op: str, x: Array) -> Array:
-    guard = jax.custom_batching.custom_vmap(lambda x: x)
-
-    @guard.def_vmap
-    def _(axis_size: int, in_batched: Any, x: Array) -> Any:
-        raise NotImplementedError(
-            f"jax_moe_ep.{op} cannot be vmapped: one call serves one batch of tokens. Reshape "
-            "[B, S, ...] to [B*S, ...] before it, or loop with jax.lax.scan"
-        )
-
-    return guard(x)

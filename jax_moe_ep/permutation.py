@@ -1,7 +1,7 @@
 """Sorting rows on one rank: by expert, and by chunks. No mesh, no communication.
 
-These are plan, dispatch and combine of a group of one (`axis_name=()`), so the kernels, the
-gradients and the errors are theirs.
+These are plan, dispatch and combine of a group of one (`axis_name=()`), so the kernels and the
+gradients are theirs. Arrays that are sharded over an Explicit mesh go through jax.shard_map.
 """
 
 import jax
@@ -97,7 +97,7 @@ def unpermute(
       [10.0, 7.0]
     """
     check_no_group("unpermute", plan)
-    return ops.combine(rows, plan, topk_weights)
+    return ops.combine_for("unpermute", "rows", rows, plan, topk_weights)
 
 
 def sort_chunks(
@@ -146,7 +146,7 @@ def sort_chunks(
     num_rows = jnp.shape(leaves[0])[0] if leaves and jnp.ndim(leaves[0]) else 0
     check_leaves("sort_chunks", x, num_rows, "N", "the first leaf")
     config = EpConfig(1, (), tail=tail, implementation=implementation)
-    ends, order = _ends(jnp.asarray(chunk_sizes), num_rows), jnp.asarray(order)
+    ends, order = _ends(chunk_sizes, num_rows), jnp.asarray(order)
     sizes = ends - jnp.append(0, ends[:-1]).astype(jnp.int32)
     plan = _plan_of_chunks(sizes, order, num_rows, config)
     return ops.dispatch(x, plan), sizes[order]
@@ -154,7 +154,8 @@ def sort_chunks(
 
 def _ends(sizes: Int[Array, "M"], num_rows: int) -> Int32[Array, "M"]:
     """The ends of the chunks, at most N. Saturating sums: no size is too large for them."""
-    sizes = jnp.clip(sizes, 0, num_rows).astype(jnp.uint32)  # two of them stay below 2^32
+    # In their own type: JAX would cut int64 of NumPy's off. Two of them then stay below 2^32.
+    sizes = jnp.asarray(sizes.clip(0, num_rows), jnp.uint32)
     ends = lax.associative_scan(lambda a, b: jnp.minimum(a + b, jnp.uint32(num_rows)), sizes)
     return ends.astype(jnp.int32)
 

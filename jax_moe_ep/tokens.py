@@ -13,7 +13,8 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 
 from jax_moe_ep.bits import bits_dtype
-from jax_moe_ep.checks import check_choice
+from jax_moe_ep.checks import check_axes, check_choice, check_integers
+from jax_moe_ep.ids import as_ids
 from jax_moe_ep.varying import vary, varying_axes
 
 Ragged = Literal["pad", "error"]
@@ -59,7 +60,7 @@ def split_tokens(
 
     Megatron-LM's scatter_to_sequence_parallel_region, megatron/core/tensor_parallel/mappings.py.
     """
-    axes = _check_axes("split_tokens", axis_name)
+    axes = check_axes("split_tokens", axis_name, at_least=1)
     check_choice("jax_moe_ep.split_tokens", "ragged", ragged, get_args(Ragged))
     leaves, treedef = jax.tree.flatten(jax.tree.map(jnp.asarray, x))
     size = _common_size("split_tokens", "x", leaves, dim)
@@ -111,8 +112,8 @@ def merge_tokens(
     Megatron-LM's gather_from_sequence_parallel_region, megatron/core/tensor_parallel/mappings.py,
     with tensor_parallel_output_grad=False under check_vma=True and True without.
     """
-    axes = _check_axes("merge_tokens", axis_name)
-    if not isinstance(cast("object", size), int) or size < 0:
+    axes = check_axes("merge_tokens", axis_name, at_least=1)
+    if type(size) is not int or size < 0:
         raise ValueError(
             f"jax_moe_ep.merge_tokens: size must be T, an int of at least 0, got {size!r}"
         )
@@ -169,7 +170,7 @@ def mask_routing(
     _check_routing(topk_idx, topk_weights, is_real)
     is_real = jnp.asarray(is_real)[..., None]
     nobody = -1 if pad == "none" else 0
-    return jnp.where(is_real, topk_idx, nobody), jnp.where(is_real, topk_weights, 0)
+    return jnp.where(is_real, as_ids(topk_idx), nobody), jnp.where(is_real, topk_weights, 0)
 
 
 def _is_tracked(axes: tuple[str, ...]) -> bool:
@@ -244,24 +245,6 @@ def _cut(x: Array, dim: int, size: int) -> Array:
 # Checks.
 
 
-def _check_axes(op: str, axis_name: Any) -> tuple[str, ...]:
-    names = (axis_name,) if isinstance(axis_name, str) else axis_name
-    is_names = isinstance(names, tuple) and all(isinstance(name, str) for name in names)
-    if not is_names or not names or len({*names}) < len(names):
-        raise TypeError(
-            f"jax_moe_ep.{op}: axis_name must be a mesh axis name or a tuple of different ones, "
-            f"got {axis_name!r}"
-        )
-    try:
-        lax.axis_size(names)
-    except NameError as error:
-        raise ValueError(
-            f"jax_moe_ep.{op}: axis {axis_name!r} is not bound here ({error}). Call it inside "
-            "jax.shard_map over a mesh that has this axis"
-        ) from error
-    return names
-
-
 def _common_size(op: str, name: str, leaves: list[Array], dim: int) -> int:
     """The size of dimension dim, which all arrays must share."""
     shapes = [leaf.shape for leaf in leaves]
@@ -285,9 +268,8 @@ def _check_replicated(leaves: list[Array], axes: tuple[str, ...]) -> None:
 
 
 def _check_routing(topk_idx: Any, topk_weights: Any, is_real: Any) -> None:
-    shape, dtype = jnp.shape(topk_idx), jnp.result_type(topk_idx)
-    if dtype not in (jnp.int32, jnp.int64):
-        raise TypeError(f"jax_moe_ep.mask_routing: topk_idx must be int32 or int64, got {dtype}")
+    shape = jnp.shape(topk_idx)
+    check_integers("mask_routing", "topk_idx", topk_idx)
     if not jnp.issubdtype(jnp.result_type(topk_weights), jnp.floating):
         raise TypeError(
             "jax_moe_ep.mask_routing: topk_weights must be floating, got "

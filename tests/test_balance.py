@@ -204,6 +204,22 @@ def test_update_bias_compares_exactly():
     assert ep.update_bias(zeros, np.array([1, 2, 2], np.int32), rate=1).tolist() == [1, -1, -1]
 
 
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.uint32, np.int32])
+def test_update_bias_by_counts_of_any_integers(dtype):
+    """The mean is 4."""
+    updated = ep.update_bias(np.zeros(4, np.float32), np.array([0, 10, 4, 2], dtype), rate=1.0)
+    assert updated.tolist() == [1, -1, 0, 1]
+
+
+def test_losses_under_strict_promotion():
+    """Without further tokens the same, with types that JAX converts by name only."""
+    logits = make_floats(6, 8)
+    routing = ep.route(logits, ep.RouterConfig(2))
+    losses = ep.load_balance_loss(routing), ep.z_loss(logits)
+    with jax.numpy_dtype_promotion("strict"):
+        assert (ep.load_balance_loss(routing), ep.z_loss(logits)) == losses
+
+
 def test_update_bias_balances():
     """Experts of skewed logits: the fullest gets over 3 times the mean, in the end 1.2 times."""
     logits = 0.5 * make_floats(2048, 8) + np.linspace(0, 3, 8, dtype=np.float32)

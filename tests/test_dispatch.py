@@ -23,6 +23,7 @@ from helpers import (
     run,
     run_plan,
 )
+from jax import lax
 
 import jax_moe_ep as ep
 
@@ -207,3 +208,22 @@ def test_a_plan_of_any_implementation_serves(planned_by, implementation):
     x = make_floats(SPREAD.R, SPREAD.T, SPREAD.H)
     rows = run(ep.dispatch, plan, x, implementation=implementation)
     assert_rows_equal(rows, SPREAD, x, plan, oracle.plan(SPREAD, ids)["slots"])
+
+
+def test_gradient_of_complex_tokens():
+    """As JAX's own of a gather by row_sources; sums of two, whose order is all the same."""
+    plan = ep.plan(make_ids("uniform", Case(T=6, K=2, E=4, R=1))[0], ep.EpConfig(4, ()))
+    source = ep.row_sources(plan)
+
+    def gathered(x):
+        return jnp.where(source[:, None] >= 0, x[source // 2], 0)
+
+    x = lax.complex(make_floats(6, 4), make_floats(6, 4, seed=1))
+    drows = lax.complex(
+        make_floats(plan.capacity, 4, seed=2), make_floats(plan.capacity, 4, seed=3)
+    )
+    rows, pull = jax.vjp(lambda x: ep.dispatch(x, plan), x)
+    expected, pull_expected = jax.vjp(gathered, x)
+    np.testing.assert_array_equal(rows, expected)
+    np.testing.assert_array_equal(pull(drows)[0], pull_expected(drows)[0])
+    assert np.abs(pull(drows)[0].imag).max() > 0

@@ -49,7 +49,8 @@ def plan_with(ids, priority=None, **options):
 
 @pytest.mark.parametrize("dtype", [np.uint32, np.int16, np.float32])
 def test_ids_of_another_dtype(dtype):
-    with raises(TypeError, "jax_moe_ep.plan: topk_idx must be int32 or int64, got", "t"):
+    message = f"jax_moe_ep.plan: topk_idx must be int32 or int64, got {np.dtype(dtype)}. "
+    with raises(TypeError, message):
         plan_with(IDS.astype(dtype))
 
 
@@ -152,6 +153,34 @@ def test_plan_of_another_number_of_ranks(op):
         on_ranks(op, make_mesh(1))(*args)
 
 
+@pytest.mark.parametrize("op", [ep.dispatch, ep.combine, ep.row_weights, ep.row_sources, ep.stats])
+def test_plans_that_are_stacked(op):
+    """Of two layers, not yet taken apart: rows of the first would hold tokens of the second."""
+    plan = jax.tree.map(lambda leaf: leaf[:, None], a_plan())
+    takes_plan_only = op in (ep.row_sources, ep.stats)
+    args = (plan,) if takes_plan_only else (np.zeros((2, 4, 2), np.float32), plan)
+    message = f"jax_moe_ep.{op.__name__}: slots of the plan must have shape (8, 2), got (1, 8, 2)"
+    with raises(ValueError, message, "jax.tree.map(lambda a: a[i], plan)"):
+        run_on_two(op, *args)
+
+
+def test_arrays_of_a_plan_that_do_not_fit():
+    plan = ep.plan(IDS[0], ep.EpConfig(4, ()))
+    for name, shape in (("owners", (4, 2)), ("group_sizes", (4,)), ("source_counts", (1, 4))):
+        wrong = dataclasses.replace(plan, **{name: getattr(plan, name)[None]})
+        with raises(ValueError, f"{name} of the plan must have shape {shape}, got {(1, *shape)}"):
+            ep.row_sources(wrong)
+
+
+def test_axes_of_stats():
+    plan = ep.plan(IDS[0], ep.EpConfig(4, ()))
+    with raises(ValueError, "jax_moe_ep.stats: axis 'other' is not bound here", "jax.shard_map"):
+        ep.stats(plan, axis_name="other")
+    for axis_name in (3, (AXIS, AXIS)):
+        with raises(TypeError, "jax_moe_ep.stats: axis_name must be a mesh axis name", "got"):
+            ep.stats(plan, axis_name=axis_name)
+
+
 def test_tokens_of_another_number():
     message = "jax_moe_ep.dispatch: x must be [T, ...] with T = 4 as in the plan, got shape"
     with raises(ValueError, message, "(5, 3)"):
@@ -175,6 +204,16 @@ def test_rows_of_another_dtype():
             run_on_two(ep.combine, y, plan)
     with jax.enable_x64(True), raises(TypeError, "at most 32 bits, got float64"):
         run_on_two(ep.combine, np.zeros((2, plan.capacity, 4), np.float64), plan)
+
+
+def test_the_gradient_of_wide_tokens_is_refused_in_its_own_name():
+    plan = ep.plan(IDS[0], ep.EpConfig(4, ()))
+    with jax.enable_x64(True):
+        for dtype in (np.float64, np.complex128):
+            _, pull = jax.vjp(lambda x: ep.dispatch(x, plan), jnp.zeros((4, 4), dtype))
+            message = "jax_moe_ep.dispatch: for a gradient, "
+            with raises(TypeError, message, "x must be", "32 bits, got float64", "Convert x"):
+                pull(jnp.zeros((plan.capacity, 4), dtype))
 
 
 @pytest.mark.parametrize("op", [ep.combine, ep.row_weights])

@@ -103,8 +103,12 @@ def test_one_rank_asks_for_no_group():
     assert {"dispatch", "combine", "combine_backward"} <= calls.keys()
 
 
-def test_what_the_ranks_agree_on():
-    """The sizes are those of the call; options and dtypes change the hash, ranks do not."""
+def test_what_the_ranks_agree_on(monkeypatch):
+    """The sizes are those of the call; options and dtypes change the hash, ranks do not.
+
+    The options of a call count too: of those, only which kernels plan runs is not in the config.
+    """
+    monkeypatch.delenv("JAX_MOE_EP_FORCE_LARGE", raising=False)
     calls = lowered(make_mesh(2), AXIS, num_sms=5, timeout_s=1.5)
     for name, op in GROUP_OPS.items():
         call = calls[f"group_{name}"]
@@ -129,6 +133,10 @@ def test_what_the_ranks_agree_on():
     ]
     assert len(set(hashes)) == len(hashes)
     assert attribute(lowered(make_mesh(2), AXIS)["group_dispatch"], "options_hash") == hashes[0]
+    monkeypatch.setenv("JAX_MOE_EP_FORCE_LARGE", "1")
+    plans = plain["group_plan"], lowered(make_mesh(2), AXIS)["group_plan"]
+    assert [attribute(each, "force_large") for each in plans] == ["false", "true"]
+    assert attribute(plans[0], "options_hash") != attribute(plans[1], "options_hash")
 
 
 @pytest.mark.parametrize("name", ["two_ranks", "priority_per_expert"])
@@ -219,6 +227,27 @@ def test_memory_of_nothing():
     assert ep.memory(config, 64, 0, 2, "float32", 2) == ep.memory(config, 1, 8, 2, "float32", 2)
     reference = ep.EpConfig(8, AXIS, implementation="reference")
     assert ep.memory(reference, 64, 64, 2, "float32", 2) == ep.ArenaBytes(0, 0)
+
+
+def test_errors_of_memory():
+    config, sizes = ep.EpConfig(8, AXIS), (64, 64, 2, "float32", 2)
+    for place, name, wrong, lowest in (
+        (0, "num_tokens", -1, 0),
+        (1, "hidden", 8.0, 0),
+        (2, "top_k", 0, 1),
+        (4, "num_ranks", -2, 1),
+    ):
+        message = f"jax_moe_ep.memory: {name} must be an int of at least {lowest}, got {wrong}"
+        with pytest.raises(ValueError, match=re.escape(message)):
+            ep.memory(config, *sizes[:place], wrong, *sizes[place + 1 :])
+    with pytest.raises(ValueError, match="num_experts=8 is not a multiple of the 3 ranks"):
+        ep.memory(config, *sizes[:4], 3)
+    with pytest.raises(
+        TypeError, match=r"jax_moe_ep\.memory: config must be an EpConfig, got None"
+    ):
+        ep.memory(None, *sizes)
+    with pytest.raises(TypeError, match="bf16"):
+        ep.memory(dataclasses.replace(config, implementation="reference"), 64, 64, 2, "bf16", 2)
 
 
 def test_check_and_reset_where_nothing_failed():

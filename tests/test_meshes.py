@@ -106,6 +106,44 @@ def test_beside_a_data_axis(names):
         assert_layer_equal(mine, BASE, *group)
 
 
+@pytest.mark.parametrize("implementation", ["auto", "reference"])
+@pytest.mark.parametrize("inner", [True, False])
+@pytest.mark.parametrize("outer", [True, False])
+def test_one_shard_map_inside_another(outer, inner, implementation):
+    """The group's in that of the data axis, with and without check_vma: two groups of two ranks.
+
+    The ops get the arguments as they are, which come with a type of the outer one.
+    """
+    groups = [make_inputs(BASE, seed) for seed in (0, 10)]
+    inputs = [np.stack([np.concatenate(g) for g in each]) for each in zip(*groups, strict=True)]
+    layer = layer_of(BASE.config(implementation))
+
+    def of_one(*args):
+        return jax.tree.map(lambda leaf: leaf[None], layer(*args))
+
+    def of_a_group(*args):
+        shard = jax.shard_map(
+            of_one,
+            in_specs=P(AXIS),
+            out_specs=P(AXIS),
+            axis_names={AXIS},
+            check_vma=inner,
+        )
+        return jax.tree.map(lambda leaf: leaf[None], shard(*(arg[0] for arg in args)))
+
+    run = jax.shard_map(
+        of_a_group,
+        mesh=mesh_of((2, 2), ("data", AXIS)),
+        in_specs=P("data"),
+        out_specs=P("data"),
+        axis_names={"data"},
+        check_vma=outer,
+    )
+    results = jax.device_get(jax.jit(run)(*inputs))
+    for i, group in enumerate(groups):
+        assert_layer_equal(jax.tree.map(lambda leaf, i=i: leaf[i], results), BASE, *group)
+
+
 def test_stats_over_the_group_and_the_data_axis():
     """The plan differs along `data`, which stats sees under check_vma and is told without."""
     ids = np.stack([make_ids("masked", BASE, seed) for seed in (0, 1)])

@@ -161,6 +161,21 @@ def test_errors_of_options():
         call(mesh=mesh_of((2, 2), ("data", AXIS)), token_axes=("data",))
     with raises("axis 'group' is not in the mesh"):
         call(config=CASE.config(axis_name="group"))
+    with raises("axis 'group' is not in the mesh"):
+        call(token_axes="group")
+    with raises("num_experts=5 is not a multiple of the 2 ranks of axis 'expert'"):
+        call(config=dataclasses.replace(CASE, E=5).config())
+    with raises("jax_moe_ep.moe_mlp: config must be an EpConfig, got 3", TypeError):
+        call(config=3)
+    with raises("jax_moe_ep.moe_mlp: mesh must be a jax.sharding.Mesh, got 3", TypeError):
+        call(mesh=3)
+    with raises("activation must be one of 'swiglu', 'geglu', got ['swiglu']"):
+        call(activation=["swiglu"])
+
+
+def test_one_token_axis_is_named_alone():
+    out, _ = call(token_axes=AXIS)
+    np.testing.assert_array_equal(out, call()[0])
 
 
 def test_errors_of_shapes():
@@ -169,12 +184,17 @@ def test_errors_of_shapes():
         call((x, ids[1:], weights, w_gate_up, w_down))
     with raises("must agree, got (16, 8), (16, 2) and (16, 1)"):
         call((x, ids, weights[:, :1], w_gate_up, w_down))
-    with raises("x must be [..., H] and w_gate_up [E, H, 2F], got (16, 8) and (4, 8, 11)"):
-        call((x, ids, weights, w_gate_up[..., 1:], w_down))
-    with raises("with E = 4 and H = 8, w_gate_up must be [E, H, 2F] and w_down [E, F, H], got"):
-        call((x, ids, weights, w_gate_up[1:], w_down))
-    with raises("got (4, 8, 12) and (4, 6, 7)"):
+    message = "with E = 4 and H = 8, w_gate_up must be [E, H, 2F] with F >= 1, got"
+    for wrong in (w_gate_up[..., 1:], w_gate_up[1:], w_gate_up[0], w_gate_up[..., :0]):
+        with raises(f"{message} {wrong.shape}"):
+            call((x, ids, weights, wrong, w_down))
+    with raises("w_down must be [E, F, H] = (4, 6, 8), got (4, 6, 7)"):
         call((x, ids, weights, w_gate_up, w_down[..., 1:]))
+    message = "x must be [..., H] and topk_idx [..., K] with H and K >= 1, got"
+    with raises(f"{message} (16, 0) and (16, 2)"):
+        call((x[:, :0], ids, weights, w_gate_up, w_down))
+    with raises(f"{message} (16, 8) and (16, 0)"):
+        call((x, ids[:, :0], weights[:, :0], w_gate_up, w_down))
     with raises("the first dimension of x, 15, must be a multiple of the 2 shards of axes"):
         call((x[1:], ids[1:], weights[1:], w_gate_up, w_down))
 
@@ -185,8 +205,10 @@ def test_errors_of_dtypes():
     with raises(f"jax_moe_ep.moe_mlp: {message}", TypeError):
         call((x.astype(jnp.bfloat16), *rest))
     x, ids, *rest = make_inputs()
-    with raises("jax_moe_ep.plan: topk_idx must be int32 or int64, got float32", TypeError):
-        call((x, ids.astype(np.float32), *rest))
+    message = "jax_moe_ep.moe_mlp: topk_idx must be int32 or int64, got"
+    for dtype in (np.float32, np.bool_):
+        with raises(f"{message} {np.dtype(dtype)}. dense_to_topk makes ids", TypeError):
+            call((x, ids.astype(dtype), *rest))
 
 
 def assert_like_dense_in_bf16(case, F, implementation="auto"):

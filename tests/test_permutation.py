@@ -1,6 +1,5 @@
 """permute and unpermute against loops, and the errors of permutations by their text."""
 
-import doctest
 import re
 
 import jax
@@ -20,7 +19,6 @@ from helpers import (
 )
 
 import jax_moe_ep as ep
-from jax_moe_ep import permutation
 
 CASE = Case(T=12, K=3, E=6, R=1, A=4, distinct_experts=False)
 
@@ -137,6 +135,14 @@ ERRORS = {
         "jax_moe_ep.sort_chunks: every leaf of x must be [N, ...] with N = 4 as in the first leaf, "
         "got shape (2, 4)",
     ),
+    "rows of another number, to unpermute": (
+        lambda: ep.unpermute(X[:1], ep.permute(X, IDS, 2)[1]),
+        "jax_moe_ep.unpermute: rows must be [C, ...] with C = ",
+    ),
+    "integer rows": (
+        lambda: ep.unpermute(*ep.permute(X.astype(np.int32), IDS, 2)),
+        "jax_moe_ep.unpermute: rows must be floating with at most 32 bits, got int32",
+    ),
     "an axis that is not there": (
         lambda: ep.plan(IDS, ep.EpConfig(2, "expert")),
         "jax_moe_ep.plan: axis 'expert' is not bound here",
@@ -149,8 +155,3 @@ def test_errors_name_argument_and_remedy(name):
     call, text = ERRORS[name]
     with pytest.raises((TypeError, ValueError), match=re.escape(text)):
         call()
-
-
-def test_examples_run():
-    results = doctest.testmod(permutation)
-    assert (results.failed, results.attempted) == (0, 13)

@@ -50,6 +50,7 @@ INVALID = [
     ({"group_score": 2}, ValueError, "group_score must be one of 'max', 'top2', got 2"),
     ({"normalize": 1}, TypeError, "RouterConfig: normalize must be a bool, got 1"),
     ({"scale": 0}, ValueError, "scale must be positive and finite, got 0"),
+    ({"scale": float("inf")}, ValueError, "scale must be positive and finite, got inf"),
     ({"scale": float("nan")}, ValueError, "scale must be positive and finite, got nan"),
     ({"scale": "1"}, TypeError, "RouterConfig: scale must be a number, got '1'"),
     ({"top_groups": 2}, ValueError, "RouterConfig: top_groups=2 exceeds num_groups=1"),
@@ -145,6 +146,16 @@ ERRORS = {
         TypeError,
         "jax_moe_ep.expert_counts: topk_idx must be int32 or int64, got float32",
     ),
+    "counts_experts": (
+        lambda: ep.expert_counts(ROUTING.topk_idx, 8.0),
+        ValueError,
+        "jax_moe_ep.expert_counts: num_experts must be an int of at least 1, got 8.0",
+    ),
+    "counts_axis_type": (
+        lambda: ep.expert_counts(ROUTING.topk_idx, 8, axis_name=None),
+        TypeError,
+        "jax_moe_ep.expert_counts: axis_name must be a mesh axis name or a tuple of different",
+    ),
     "counts_axis": (
         lambda: ep.expert_counts(ROUTING.topk_idx, 8, axis_name="data"),
         ValueError,
@@ -159,6 +170,11 @@ ERRORS = {
         lambda: ep.load_balance_loss(ROUTING, per="token"),
         ValueError,
         "load_balance_loss: per must be one of 'batch', 'sequence', got 'token'",
+    ),
+    "balance_tokens": (
+        lambda: ep.load_balance_loss(dataclasses.replace(ROUTING, topk_idx=ROUTING.topk_idx[:2])),
+        ValueError,
+        "topk_idx [..., K] and scores [..., E] of routing must agree, got shapes (2, 2) and (3, 8)",
     ),
     "balance_mask": (
         lambda: ep.load_balance_loss(ROUTING, mask=np.ones(8, bool)),

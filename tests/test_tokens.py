@@ -5,7 +5,6 @@ Expected values are NumPy's, in float32: the functions of a row here have produc
 one by one, so that everything is bitwise.
 """
 
-import doctest
 import math
 import re
 
@@ -27,7 +26,6 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 import jax_moe_ep as ep
-from jax_moe_ep import tokens
 
 SIZES = range(1, 18)
 BATCHES = (1, 2, 3)
@@ -285,7 +283,7 @@ def test_errors_of_split_tokens():
     for tree, dim in (((x, x.T), 0), ((x, x[0]), 1), ((), 0), (x, 2), (x, -1)):
         with raises(ValueError, name, message, f"{dim}, got shapes", "Say with dim"):
             split(tree, dim=dim)
-    for axis_name in ((), (AXIS, AXIS), 3, [AXIS]):
+    for axis_name in ((), (AXIS, AXIS), 3, [3]):
         with raises(TypeError, name, "axis_name must be a mesh axis name or a tuple of", "got"):
             split(x, axis_name)
     with raises(ValueError, name, "axis 'other' is not bound here", "jax.shard_map"):
@@ -316,7 +314,7 @@ def test_errors_of_merge_tokens():
     with raises(ValueError, name, message, "Give the T"):
         merge(7)
     assert merge(7, dim=1).shape == (3, 7)
-    for size in (-1, 5.0):
+    for size in (-1, 5.0, True):
         with raises(ValueError, name, f"size must be T, an int of at least 0, got {size}"):
             merge(size)
     with raises(ValueError, name, "local must hold arrays with the same number of tokens"):
@@ -346,9 +344,3 @@ def test_errors_of_mask_routing():
         )
         with raises(ValueError, name, message, "Mask a batch"):
             ep.mask_routing(ids, weights, mask)
-
-
-@pytest.mark.skipif(len(jax.devices()) < 2, reason="the examples are for two devices")
-def test_the_examples_run():
-    """Those of the docstrings, as they are printed there."""
-    assert doctest.testmod(tokens, optionflags=doctest.NORMALIZE_WHITESPACE) == (0, 8)
