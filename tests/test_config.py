@@ -9,10 +9,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import AXIS, Case, make_floats, make_ids, make_mesh, make_priority, on_ranks, run_plan
+from helpers import (
+    AXIS,
+    Case,
+    make_floats,
+    make_ids,
+    make_mesh,
+    make_priority,
+    on_ranks,
+    planner,
+    run_plan,
+)
 from jax.sharding import Mesh
 
 import jax_moe_ep as ep
+from jax_moe_ep import cuda
 
 CASE = Case(T=6, K=2, E=8, R=2, A=4)
 
@@ -31,6 +42,34 @@ def rows_and_plan(case=CASE, maker="empty_expert"):
 
 def changed(**options):
     return dataclasses.replace(CASE, **options)
+
+
+# The custom calls of a layer and its gradient: of one rank, and of a group, whose weights are one
+# rank's matter once they are gathered.
+ROWS = {"dispatch", "combine", "combine_backward", "row_weights", "row_weights_backward"}
+GROUP = {f"group_{op}" for op in ("plan", "dispatch", "combine", "combine_backward", "gather")}
+
+
+def calls_with(attribute, **options):
+    """Which custom calls have the attribute in the programs for CUDA of one rank and of two."""
+    if not cuda.has_extension():
+        pytest.skip("needs the CUDA extension")
+    calls = []
+    for axis_name in ((), AXIS):
+        config = ep.EpConfig(8, axis_name, implementation="cuda", **options)
+
+        def loss(x, ids, weights, config=config):
+            plan = ep.plan(ids, config)
+            rows = ep.dispatch(x, plan) * ep.row_weights(weights, plan)[:, None]
+            return ep.combine(rows, plan, weights).sum()
+
+        x, weights = make_floats(2, CASE.T, CASE.H), make_floats(2, CASE.T, CASE.K)
+        run = on_ranks(jax.grad(loss, (0, 2)), make_mesh(2))
+        traced = run.trace(x, make_ids("uniform", CASE), weights)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+        calls += re.findall(r"custom_call @jax_moe_ep_(\w+)\((.*)", text)
+    is_in = re.compile(rf"\b{attribute}\b").search
+    return {name for name, _ in calls} - {name for name, call in calls if not is_in(call)}
 
 
 def shows_num_experts():
@@ -90,17 +129,17 @@ def shows_implementation():
 
 
 def shows_num_sms():
-    """A bound of CUDA kernels: accepted for them, refused where it could not be honoured."""
+    """A bound of CUDA kernels: given to all of them, refused where it could not be honoured."""
     with pytest.raises(ValueError, match=r"num_sms=8 cannot be honoured with .*'reference'"):
         ep.EpConfig(8, AXIS, num_sms=8, implementation="reference")
-    return ep.EpConfig(8, AXIS, num_sms=8).num_sms == 8
+    return calls_with("num_sms = 8", num_sms=8) == {"plan"} | ROWS | GROUP
 
 
 def shows_timeout_s():
-    """A bound of CUDA kernels: accepted for them, refused where it could not be honoured."""
+    """A bound of CUDA kernels that wait for other ranks, refused where it could not be honoured."""
     with pytest.raises(ValueError, match=r"timeout_s=1.5 cannot be honoured with .*'reference'"):
         ep.EpConfig(8, AXIS, timeout_s=1.5, implementation="reference")
-    return ep.EpConfig(8, AXIS, timeout_s=1.5).timeout_s == 1.5
+    return calls_with("timeout_ns = 1500000000", timeout_s=1.5) == GROUP
 
 
 DEMONSTRATIONS = {
@@ -116,6 +155,16 @@ def test_every_option_has_its_effect_or_its_error(name):
 
 def test_no_demonstration_of_an_option_that_is_gone():
     assert set(DEMONSTRATIONS) == {field.name for field in dataclasses.fields(ep.EpConfig)}
+
+
+def test_kernels_are_told_of_the_tail():
+    """Whether they write it, in every call that makes rows or belongs to a group."""
+    assert calls_with("zero_tail = true", tail="zero") == ROWS | GROUP
+    assert calls_with("zero_tail = false", tail="undefined") == ROWS | GROUP
+
+
+def test_no_bound_of_the_blocks_is_the_largest():
+    assert calls_with("num_sms = 2147483647") == {"plan"} | ROWS | GROUP
 
 
 # Errors: (options, error, text).
@@ -148,6 +197,8 @@ INVALID = [
     ({"num_sms": 2.5}, TypeError, "num_sms must be an int, got 2.5"),
     ({"timeout_s": 0}, ValueError, "timeout_s must be a positive finite number, got 0"),
     ({"timeout_s": math.inf}, ValueError, "timeout_s must be a positive finite number, got inf"),
+    ({"timeout_s": 1e12}, ValueError, "timeout_s must be between 1e-09 and 9000000000.0 seconds"),
+    ({"timeout_s": 1e-12}, ValueError, "timeout_s must be between 1e-09 and 9000000000.0 seconds"),
     ({"timeout_s": "1"}, ValueError, "timeout_s must be a positive finite number, got '1'"),
     (
         {"num_experts": 4097, "implementation": "cuda"},
@@ -162,6 +213,29 @@ def test_invalid_options(options, error, text):
     """A9: the error names the option, what was given and what is allowed."""
     with pytest.raises(error, match=re.escape(text)):
         ep.EpConfig(**{"num_experts": 8, "axis_name": AXIS, **options})
+
+
+@pytest.mark.parametrize(
+    ("largest", "options"),
+    [(2**31 - 2, {"E": 2, "capacity": 8}), (2**29 - 1, {"E": 8, "empty_groups": "block"})],
+    ids=["alignment", "capacity"],
+)
+def test_row_numbers_beyond_int32(largest, options):
+    """2 assignments and L local experts: 2 + L(A - 1) rows of groups, and C of the buffer.
+
+    With L = 1 the first is 2^31 - 1 for A = 2^31 - 2. With L = 4 and blocks C = 4A is 2^31 for
+    A = 2^29, where the first is 2^31 - 2. Only traced: nothing is as large.
+    """
+
+    def trace(alignment):
+        case = Case(T=1, K=1, R=2, A=alignment, **options)
+        run = on_ranks(planner(case.config()), make_mesh(2))
+        return run.trace(jax.ShapeDtypeStruct((2, 1, 1), jnp.int32))
+
+    trace(largest)
+    message = f"assignments with alignment {largest + 1} need row numbers beyond 2147483647"
+    with pytest.raises(ValueError, match=message):
+        trace(largest + 1)
 
 
 def test_options_are_keyword_only():

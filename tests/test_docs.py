@@ -1,8 +1,11 @@
-"""README and docs: the example runs, and what they quote is what the code says."""
+"""README, docs and docstrings: the examples run, and what they quote is what the code says."""
 
+import doctest
+import importlib
 import pathlib
 import re
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -26,6 +29,24 @@ def test_readme_example_runs() -> None:
     out = names["layer"](jnp.asarray(x), jnp.asarray(ids), jnp.asarray(weights))
     expected = weights.sum(1, keepdims=True) * np.tanh(x)
     np.testing.assert_allclose(np.asarray(out), expected, rtol=1e-5, atol=1e-6)
+
+
+# Those of every module of the package, and how many run: memory's is shown only.
+EXAMPLES = {"arena": 2, "maps": 7, "ops": 7, "permutation": 13, "routing": 3, "tokens": 8}
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_docstring_examples_run(name: str) -> None:
+    if name == "tokens" and len(jax.devices()) < 2:
+        pytest.skip("these are for two devices")
+    module = importlib.import_module(f"jax_moe_ep.{name}")
+    results = doctest.testmod(module, optionflags=doctest.NORMALIZE_WHITESPACE)
+    assert (results.failed, results.attempted) == (0, EXAMPLES[name])
+
+
+def test_no_examples_elsewhere() -> None:
+    files = (ROOT / "jax_moe_ep").rglob("*.py")
+    assert {file.stem for file in files if ">>>" in file.read_text()} == EXAMPLES.keys()
 
 
 @pytest.mark.parametrize("quote", code_blocks("docs/semantics.md"))

@@ -233,6 +233,14 @@ def test_names_for_checkpoint():
     assert named_values(run) == {"ep_plan": len(oracle.LEAVES), "ep_rows": 1, "ep_out": 1}
 
 
+def saved_for_the_gradient(f, *args):
+    """Types of the arrays that the forward pass leaves to the backward pass."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        jax.ad_checkpoint.print_saved_residuals(f, *args)
+    return [line.split()[0] for line in printed.getvalue().splitlines()]
+
+
 X, IDS, WEIGHTS, OUT = "f32[8,8]", "i32[8,2]", "f32[8,2]", "f32[8,8]"
 ROWS = "f32[40,8]"  # 2 ranks with C = down(16 + 4, 2)
 SLOTS, OWNERS, PER_EXPERT, BY_SOURCE, SCALAR = "i32[16,2]", IDS, "i32[8]", "i32[4,4]", "i32[2]"
@@ -261,8 +269,14 @@ def test_what_a_checkpoint_policy_saves(names, saved):
 
     policy = jax.checkpoint_policies.save_only_these_names(*names)
     run = on_ranks(jax.checkpoint(layer, policy=policy), make_mesh(CASE.R))
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        jax.ad_checkpoint.print_saved_residuals(run, x, weights, ids)
-    found = [line.split()[0] for line in printed.getvalue().splitlines()]
-    assert sorted(found) == sorted(saved)
+    assert sorted(saved_for_the_gradient(run, x, weights, ids)) == sorted(saved)
+
+
+def test_rows_are_saved_for_the_gradient_of_weights_only():
+    """Without weights the gradient of combine is a dispatch, which needs the plan and no rows."""
+    _, ids, weights = make_inputs()
+    plan = run_plan(CASE, ids)
+    y = make_floats(CASE.R, plan.capacity, CASE.H)
+    combine = on_ranks(ep.combine, make_mesh(CASE.R))
+    assert ROWS in saved_for_the_gradient(lambda y, w: combine(y, plan, w), y, weights)
+    assert ROWS not in saved_for_the_gradient(lambda y: combine(y, plan), y)

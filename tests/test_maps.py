@@ -1,6 +1,5 @@
 """Routing maps: ids to a dense map and back, their gradients and their memory."""
 
-import doctest
 import functools
 import re
 
@@ -19,7 +18,6 @@ from helpers import (
 from maps_oracle import gathered, make_map, rising, scattered, true_experts
 
 import jax_moe_ep as ep
-from jax_moe_ep import maps
 
 SHAPES = {
     "few_experts": Case(T=13, K=3, E=4, R=1),
@@ -226,6 +224,17 @@ def test_the_ways_there_and_back_are_inverse(maker):
     assert_bitwise_equal(ep.topk_to_dense(there, None, case.E)[0], routing_map)
 
 
-def test_examples_run():
-    results = doctest.testmod(maps)
-    assert (results.failed, results.attempted) == (0, 7)
+def test_weights_in_shard_map_of_replicated_probs():
+    """Each rank has other experts of the same probs; their gradients are summed."""
+    case = Case(T=3, K=2, E=4, R=2)
+    routing_map = np.stack([make_map(case.T, case.E, seed) for seed in range(2)])
+    ids = np.stack([true_experts(each, case.K) for each in routing_map])
+    probs, dout = make_floats(case.T, case.E), make_floats(case.R, case.T, case.K, seed=1)
+
+    def gradient(routing_map, probs, dout):
+        return jax.vjp(lambda p: ep.dense_to_topk(routing_map[0], p, case.K)[1], probs)[1](dout[0])
+
+    specs = (jax.P("expert"), jax.P(), jax.P("expert"))
+    run = jax.shard_map(gradient, mesh=make_mesh(2), in_specs=specs, out_specs=jax.P())
+    expected = scattered(case, ids[0], dout[0])[1] + scattered(case, ids[1], dout[1])[1]
+    assert_bitwise_equal(jax.jit(run)(routing_map, probs, dout)[0], expected)

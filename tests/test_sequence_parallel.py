@@ -23,7 +23,7 @@ from helpers import (
     sizes,
     spread,
 )
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
 import jax_moe_ep as ep
@@ -153,6 +153,27 @@ def run_layer(num_ranks, *args, config=None, **options):
 
     run = jax.shard_map(run, mesh=mesh_of(num_ranks), in_specs=P(), out_specs=P())
     return collect(jax.jit(run)(*args))
+
+
+@pytest.mark.parametrize("num_tokens", [0, 4, 5])
+def test_result_types_do_not_depend_on_the_number_of_tokens(num_tokens):
+    """Under check_vma the part and its mask differ between the ranks of the sequence, with pads or
+    none; what is merged, nothing included, only on the axis of the batches, here b."""
+    seen = {}
+
+    def program(x):
+        part, is_real = ep.split_tokens(x, "a")
+        merged = ep.merge_tokens(part, "a", size=num_tokens)
+        results = {"part": part, "is_real": is_real, "merged": merged}
+        for name, leaf in results.items():
+            seen[name] = jax.typeof(leaf).manual_axis_type.varying
+        return results
+
+    mesh = AbstractMesh((2, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
+    out_specs = {"part": P(("a", "b")), "is_real": P("a"), "merged": P("b")}
+    run = jax.shard_map(program, mesh=mesh, in_specs=P("b"), out_specs=out_specs)
+    jax.eval_shape(run, np.zeros((2 * num_tokens, H), np.float32))
+    assert seen == {"part": {"a", "b"}, "is_real": {"a"}, "merged": {"b"}}
 
 
 @pytest.mark.parametrize("num_ranks", sizes(2, max(NUM_RANKS, 4)))

@@ -1,5 +1,7 @@
 """sort_chunks against loops: any sizes, its inverse and its gradient."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -160,6 +162,21 @@ def test_rank_major_becomes_expert_major(implementation):
     expert_major, _ = ep.sort_chunks(rows, sizes, order, implementation=implementation)
     assert_bitwise_equal(expert_major, oracle.dispatch(case, x, plan.slots)[rank])
     assert not np.array_equal(rows, expert_major)
+
+
+@pytest.mark.parametrize(
+    ("x", "num_chunks", "text"),
+    [
+        (np.zeros((4, 4)), 0, "chunk_sizes and order must be [M] with M >= 1, got shapes (0,) and"),
+        (np.zeros(()), 2, "every leaf of x must be [N, ...] with N = 0 as in the first leaf"),
+        ([np.zeros((4, 4)), 1.0], 2, "with N = 4 as in the first leaf, got shape ()"),
+    ],
+    ids=["no chunks", "a scalar", "a scalar among rows"],
+)
+def test_errors(x, num_chunks, text):
+    sizes = np.zeros(num_chunks, np.int32)
+    with pytest.raises(ValueError, match=r"jax_moe_ep.sort_chunks: .*" + re.escape(text)):
+        ep.sort_chunks(x, sizes, sizes)
 
 
 def test_chunks_of_nothing():
