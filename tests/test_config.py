@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cuda_calls import calls_of_a_layer
 from helpers import (
     AXIS,
     Case,
@@ -54,20 +55,11 @@ def calls_with(attribute, **options):
     """Which custom calls have the attribute in the programs for CUDA of one rank and of two."""
     if not cuda.has_extension():
         pytest.skip("needs the CUDA extension")
-    calls = []
-    for axis_name in ((), AXIS):
-        config = ep.EpConfig(8, axis_name, implementation="cuda", **options)
-
-        def loss(x, ids, weights, config=config):
-            plan = ep.plan(ids, config)
-            rows = ep.dispatch(x, plan) * ep.row_weights(weights, plan)[:, None]
-            return ep.combine(rows, plan, weights).sum()
-
-        x, weights = make_floats(2, CASE.T, CASE.H), make_floats(2, CASE.T, CASE.K)
-        run = on_ranks(jax.grad(loss, (0, 2)), make_mesh(2))
-        traced = run.trace(x, make_ids("uniform", CASE), weights)
-        text = traced.lower(lowering_platforms=("cuda",)).as_text()
-        calls += re.findall(r"custom_call @jax_moe_ep_(\w+)\((.*)", text)
+    calls = [
+        call
+        for axes in ((), AXIS)
+        for call in calls_of_a_layer(make_mesh(2), axes, CASE, **options)
+    ]
     is_in = re.compile(rf"\b{attribute}\b").search
     return {name for name, _ in calls} - {name for name, call in calls if not is_in(call)}
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cuda_calls import attribute, calls_of_a_layer, custom_calls
 from helpers import (
     AXIS,
     CASES,
@@ -31,37 +32,8 @@ GROUP_OPS = {"dispatch": 1, "combine": 2, "combine_backward": 3, "gather": 4, "p
 
 
 def lowered(mesh, axes, case=CASE, dtype=np.float32, **options):
-    """Forward and backward of a layer for CUDA: the text of each of our custom calls."""
-    config = dataclasses.replace(case.config("cuda", axes), **options)
-
-    def loss(x, ids, weights):
-        plan = ep.plan(ids, config)
-        rows = ep.dispatch(x, plan)
-        scaled = rows * ep.row_weights(weights, plan)[:, None].astype(rows.dtype)
-        return ep.combine(scaled, plan, weights).astype(jnp.float32).sum()
-
-    names = tuple(mesh.axis_names)
-    run = on_ranks(jax.grad(loss, (0, 2)), mesh, names)
-    shape = mesh.devices.shape
-    args = (
-        np.zeros((*shape, case.T, case.H), dtype),
-        np.zeros((*shape, case.T, case.K), np.int32),
-        np.zeros((*shape, case.T, case.K), np.float32),
-    )
-    return dict(custom_calls(run, *args))
-
-
-def custom_calls(run, *args):
-    """Name and text of each of our calls in the program for CUDA."""
-    text = run.trace(*args).lower(lowering_platforms=("cuda",)).as_text()
-    found = [re.search(r"custom_call @jax_moe_ep_(\w+)\(", line) for line in text.splitlines()]
-    return [(call[1], call.string) for call in found if call]
-
-
-def attribute(call, name):
-    found = re.search(rf"\b{name} = (?:dense<([^>]*)>|(-?\w+))", call)
-    assert found, f"no {name} in {call}"
-    return found[1] or found[2]
+    """The text of each custom call of a layer and its gradient."""
+    return dict(calls_of_a_layer(mesh, axes, case, dtype, **options))
 
 
 def groups_of(call):
