@@ -6,7 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from jax_moe_ep import cuda
-from jax_moe_ep.checks import check_config, check_experts_of_ranks
+from jax_moe_ep.checks import check_config, check_experts_of_ranks, check_int
 from jax_moe_ep.config import EpConfig
 
 # The calls of a layer and its gradients that move rows, and whether weights go with them. The
@@ -59,12 +59,10 @@ def memory(
       >>> bytes_of = ep.memory(config, 4096, 7168, 8, "bfloat16", 2)  # doctest: +SKIP
     """
     check_config("memory", config)
-    sizes = {"num_tokens": (num_tokens, 0), "hidden": (hidden, 0), "top_k": (top_k, 1)}
-    for name, (value, lowest) in (sizes | {"num_ranks": (num_ranks, 1)}).items():
-        if type(value) is not int or value < lowest:
-            raise ValueError(
-                f"jax_moe_ep.memory: {name} must be an int of at least {lowest}, got {value!r}"
-            )
+    check_int("memory", "num_tokens", num_tokens, at_least=0)
+    check_int("memory", "hidden", hidden, at_least=0)
+    check_int("memory", "top_k", top_k, at_least=1)
+    check_int("memory", "num_ranks", num_ranks, at_least=1)
     check_experts_of_ranks("memory", config, num_ranks)
     row_bytes = hidden * jnp.dtype(dtype).itemsize
     if num_ranks == 1 or num_tokens == 0 or config.implementation == "reference":

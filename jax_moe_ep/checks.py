@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from jax_moe_ep.config import MAX_INT32, EpConfig
+from jax_moe_ep.config import MAX_INT32, EpConfig, axis_tuple
 from jax_moe_ep.plan import Plan
 
 
@@ -30,16 +30,17 @@ def check_group(op: str, config: Any) -> int:
     return lax.axis_size(axes)
 
 
-def axis_names(op: str, axis_name: Any, *, at_least: int = 0) -> tuple[str, ...]:
+def axis_names(
+    op: str, value: Any, *, name: str = "axis_name", at_least: int = 0
+) -> tuple[str, ...]:
     """Of one mesh axis or several, bound or not."""
-    names: Any = (axis_name,) if isinstance(axis_name, str) else axis_name
-    is_names = isinstance(names, (tuple, list)) and all(isinstance(name, str) for name in names)
-    if not is_names or len({*names}) < len(names) or len(names) < at_least:
+    names = axis_tuple(value)
+    if names is None or len(names) < at_least:
         raise TypeError(
-            f"jax_moe_ep.{op}: axis_name must be a mesh axis name or a tuple of different ones, "
-            f"got {axis_name!r}"
+            f"jax_moe_ep.{op}: {name} must be a mesh axis name or a tuple of different ones, "
+            f"got {value!r}"
         )
-    return tuple(names)
+    return names
 
 
 def check_axes(
@@ -89,11 +90,15 @@ def check_map(op: str, routing_map: Any, num_experts: int | None = None) -> None
         )
 
 
-def check_num_experts(op: str, num_experts: Any) -> None:
-    if type(num_experts) is not int or num_experts < 1:
+def check_int(op: str, name: str, value: Any, at_least: int) -> None:
+    if type(value) is not int or value < at_least:
         raise ValueError(
-            f"jax_moe_ep.{op}: num_experts must be an int of at least 1, got {num_experts!r}"
+            f"jax_moe_ep.{op}: {name} must be an int of at least {at_least}, got {value!r}"
         )
+
+
+def check_num_experts(op: str, num_experts: Any) -> None:
+    check_int(op, "num_experts", num_experts, at_least=1)
 
 
 def check_top_k(op: str, top_k: Any) -> None:

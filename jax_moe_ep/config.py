@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 
 Implementation = Literal["auto", "cuda", "reference"]
 DropPolicy = Literal["position", "priority"]
@@ -186,14 +186,18 @@ def _check_choice(name: str, value: object, choices: Sequence[str]) -> None:
         raise ValueError(f"{name} must be one of {allowed}, got {value!r}")
 
 
+def axis_tuple(value: Any) -> tuple[str, ...] | None:
+    """One mesh axis, or different ones, as a tuple; None for anything else."""
+    names: Any = (value,) if isinstance(value, str) else value
+    is_names = isinstance(names, (tuple, list)) and all(isinstance(name, str) for name in names)
+    return tuple(names) if is_names and len({*names}) == len(names) else None
+
+
 def _normal_axis_name(value: Any) -> str | tuple[str, ...]:
-    if isinstance(value, str):
-        return value
-    if isinstance(value, (tuple, list)):
-        names = tuple(cast("Sequence[object]", value))
-        if all(isinstance(name, str) for name in names) and len(set(names)) == len(names):
-            return cast("tuple[str, ...]", names)
-    raise TypeError(
-        f"axis_name must be a mesh axis name or a tuple of different ones, () for one rank, got "
-        f"{value!r}"
-    )
+    names = axis_tuple(value)
+    if names is None:
+        raise TypeError(
+            f"axis_name must be a mesh axis name or a tuple of different ones, () for one rank, "
+            f"got {value!r}"
+        )
+    return value if isinstance(value, str) else names

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Literal, NoReturn, cast
 
 import jax
@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from jax_moe_ep import ops
 from jax_moe_ep.checks import (
+    axis_names,
     check_choice,
     check_config,
     check_experts_of_ranks,
@@ -115,8 +116,10 @@ def _token_axes(
     check_config("moe_mlp", config)
     if not isinstance(cast("object", mesh), (Mesh, AbstractMesh)):
         raise TypeError(f"jax_moe_ep.moe_mlp: mesh must be a jax.sharding.Mesh, got {mesh!r}")
-    names: Sequence[str] = mesh.axis_names if token_axes is None else token_axes
-    axes = (names,) if isinstance(names, str) else tuple(names)
+    if token_axes is None:
+        axes = tuple(mesh.axis_names)
+    else:
+        axes = axis_names("moe_mlp", token_axes, name="token_axes")
     for axis in (*config.axes, *axes):
         if axis not in mesh.axis_names:
             _fail(f"axis {axis!r} is not in the mesh, which has {mesh.axis_names}")

@@ -163,6 +163,8 @@ def test_errors_of_options():
         call(config=CASE.config(axis_name="group"))
     with raises("axis 'group' is not in the mesh"):
         call(token_axes="group")
+    with raises("jax_moe_ep.moe_mlp: token_axes must be a mesh axis name or a tuple", TypeError):
+        call(token_axes=3)
     with raises("num_experts=5 is not a multiple of the 2 ranks of axis 'expert'"):
         call(config=dataclasses.replace(CASE, E=5).config())
     with raises("jax_moe_ep.moe_mlp: config must be an EpConfig, got 3", TypeError):
