@@ -10,8 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.extend.core import Primitive
-from jax.interpreters import mlir
 from jaxtyping import Array, Float, Float32, Int32, Shaped
 
 from jax_moe_ep import reference
@@ -19,6 +17,7 @@ from jax_moe_ep.config import MAX_CUDA_EXPERTS, MAX_INT32, EpConfig
 from jax_moe_ep.custom_call import custom_call
 from jax_moe_ep.group import group_call, group_gather, group_plan
 from jax_moe_ep.plan import Plan
+from jax_moe_ep.refusal import refused
 
 # Set to 1 to use 16-byte loads and stores where the device could copy in bulk, for tests. Read when
 # an op is traced.
@@ -43,25 +42,6 @@ if _ffi is not None:
         jax.ffi.register_ffi_type(name, state_type, platform="CUDA")
     for name, stages in _ffi.registrations().items():
         jax.ffi.register_ffi_target(name, stages, platform="CUDA")
-
-_refuse_p = Primitive("jax_moe_ep_refuse")
-_refuse_p.def_abstract_eval(lambda x, *, message: x)
-
-
-def _refuse_when_lowered(ctx: Any, x: Any, *, message: str) -> Any:
-    raise NotImplementedError(message)
-
-
-mlir.register_lowering(_refuse_p, _refuse_when_lowered)
-
-
-def refused(op: Callable[..., Any], message: str) -> Callable[..., Any]:
-    """The op with the same types, that raises NotImplementedError(message) when it is lowered."""
-
-    def refuse(leaf: Any) -> Any:
-        return _refuse_p.bind(lax.stop_gradient(leaf), message=message)
-
-    return lambda *args, **static: op(*jax.tree.map(refuse, args), **static)
 
 
 def _no_extension(name: str) -> str:

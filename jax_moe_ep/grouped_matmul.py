@@ -11,8 +11,8 @@ from jax import lax
 from jax.extend import backend
 from jaxtyping import Array, Float, Int32
 
-from jax_moe_ep.cuda import refused
 from jax_moe_ep.custom_call import called_once
+from jax_moe_ep.refusal import refused
 
 # What the kernels for bf16 and fp16 want dimensions to be multiples of: their tiles are 128 bytes
 # wide. C as well, over which the gradient of the weights is a sum.

@@ -10,13 +10,14 @@ from jaxtyping import Array
 
 from jax_moe_ep import cuda, reference
 from jax_moe_ep.config import EpConfig
+from jax_moe_ep.refusal import refused
 
 
 def choose(op: str, config: EpConfig) -> Callable[..., Any]:
     """The op as `config.implementation` says; what cannot run is refused when it is lowered."""
     on_cuda, anywhere = getattr(cuda, op), getattr(reference, op)
     if config.implementation == "cuda":
-        anywhere = cuda.refused(
+        anywhere = refused(
             anywhere,
             f"jax_moe_ep.{op}: implementation='cuda' needs CUDA devices, and this program is "
             "compiled for another platform. Use implementation='auto' or 'reference'",
