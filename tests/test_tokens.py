@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from errors import raises
 from helpers import (
     AXIS,
     Case,
@@ -42,11 +43,6 @@ def padded(x, num_ranks, dim=0):
     """x with zeros up to a multiple of num_ranks: the parts of all ranks, one after the other."""
     widths = [(0, -x.shape[i] % num_ranks if i == dim else 0) for i in range(x.ndim)]
     return np.pad(x, widths)
-
-
-def raises(error, *parts):
-    """The parts of the message, in their order, with anything between them."""
-    return pytest.raises(error, match="(?s)" + ".*".join(map(re.escape, parts)))
 
 
 def on_axis(op, num_ranks, out_specs):
